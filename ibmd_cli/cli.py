@@ -1,0 +1,213 @@
+"""The command line: four commands, each of which turns its flags into one call. Nothing heavy is imported here.
+
+stdout carries results alone; progress, notes, warnings and errors go to stderr. Exit codes: 0 done, 1 failed,
+2 usage, 3 some inputs failed, 4 model or data not available, 5 out of memory, 130 interrupted.
+"""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ibmd_cli import __version__
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.reporting import Reporter, is_plain
+
+app = typer.Typer(
+    name="ibmd",
+    help="One-step image translation: distil slow diffusion-bridge teachers into one-step students, and run them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DEFAULT = "builtin:outline2emoji"
+
+Device = Annotated[str, typer.Option(envvar="IBMD_DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
+Seed = Annotated[int, typer.Option(envvar="IBMD_SEED", help="Seed of all randomness.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+Debug = Annotated[bool, typer.Option("--debug", envvar="IBMD_DEBUG", help="Show tracebacks.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ibmd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Distil slow diffusion-bridge teachers into one-step image translators, and run them."""
+
+
+@app.command(
+    epilog="Example: ibmd distill                     the embedded teacher, offline, in minutes on a CPU\n\n"
+    "Example: ibmd distill --data drawings/ --out runs/mine --steps 1000\n\n"
+    "Example: accelerate launch --cpu --num_processes 2 -m ibmd_cli distill"
+)
+def distill(
+    teacher: Annotated[str | None, typer.Option(help="Teacher: builtin:NAME or a model folder.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Folder of source images (repeatable), or builtin:NAME.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/TEACHER")] = None,
+    nfe: Annotated[int | None, typer.Option(help="Network calls of the student per image.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Student updates (K).")] = None,
+    bridge_steps: Annotated[int | None, typer.Option(help="Bridge-model updates per student update (L).")] = None,
+    bridge_warmup: Annotated[int | None, typer.Option(help="Bridge-model updates before the first.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per update.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Images at a time; 0: all.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the student.")] = None,
+    bridge_lr: Annotated[float | None, typer.Option(help="Learning rate of the bridge model.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of the student's average.")] = None,
+    noise: Annotated[bool | None, typer.Option("--noise/--no-noise", help="Whether the student takes noise z.")] = None,
+    noise_grid: Annotated[int | None, typer.Option(help="Side of z; 0: one number per pixel.")] = None,
+    t_power: Annotated[float | None, typer.Option(help="1: uniform times; more: nearer to T.")] = None,
+    recompute: Annotated[
+        bool | None, typer.Option("--recompute/--no-recompute", help="Less memory, more time.")
+    ] = None,
+    checkpointing: Annotated[
+        bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Activation checkpointing.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Student updates between checkpoints.")] = None,
+    preview_every: Annotated[int | None, typer.Option(help="Student updates between previews.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints to keep.")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint.")] = "auto",
+    config: Annotated[Path | None, typer.Option(help="TOML or JSON file of settings.")] = None,
+    list_teachers: Annotated[bool, typer.Option("--list-teachers", help="List the known teachers and exit.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every setting with its origin and exit.")] = False,
+    device: Device = "auto",
+    seed: Annotated[int | None, typer.Option(help="Seed of all randomness.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Distil a diffusion-bridge teacher into a student of one or a few steps, from source images alone.
+
+    The same command again continues an interrupted run.
+    """
+    flags = {**locals()}
+    from ibmd_cli.config import DistillConfig, resolve
+
+    flags["data"] = tuple(data) if data else None
+    settings, origins = resolve({k: flags[k] for k in DistillConfig.__annotations__ if k in flags}, os.environ, config)
+    if list_teachers:
+        from ibmd_cli.models import list_teachers as known
+
+        _table("Teachers", known(), as_json, "teachers")
+        return
+    reporter = Reporter(quiet)
+    out = out or Path("runs") / Path(settings.teacher.rpartition(":")[2]).name
+    from ibmd_cli.devices import resolve_device
+    from ibmd_cli.training import distill as run
+    from ibmd_cli.training import plan
+
+    if dry_run:
+        _show_plan(plan(settings, out), settings, origins, as_json)
+        return
+    place = resolve_device(device)
+    reporter.note(f"distilling {settings.teacher} into {out} on {place}")
+    student = run(settings, origins, out, place, resume, reporter)
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(json.dumps({"schema": 1, "student": str(student)}) if as_json else str(student))
+
+
+@app.command(epilog="Example: ibmd export --student runs/outline2emoji --dtype fp16 --output student.safetensors")
+def export(
+    student: Annotated[str, typer.Option(help="Student: builtin:NAME, a model folder or a run folder.")] = DEFAULT,
+    format: Annotated[str, typer.Option(help="safetensors.")] = "safetensors",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File.", show_default="STUDENT-DTYPE.safetensors")
+    ] = None,
+    on_exists: Annotated[str, typer.Option(help="error or overwrite.")] = "error",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a student as one file, after running it back on real images and comparing."""
+    from ibmd_cli.export import export as run
+
+    if format != "safetensors":
+        raise UsageError(f"--format: {format!r} is not one of: safetensors")
+    if on_exists not in ("error", "overwrite"):
+        raise UsageError(f"--on-exists: {on_exists!r} is not one of: error, overwrite")
+    output = output or Path(f"{Path(student.rpartition(':')[2]).name}-{dtype}.safetensors")
+    report = run(student, dtype, output, on_exists == "overwrite")
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    Reporter().note(
+        f"{dtype}: {report['bytes'] / 1e6:.2f} MB, largest difference {report['max_difference']:.2g}, "
+        f"{report['ms_per_image']['exported']:.2f} ms/image (student: {report['ms_per_image']['student']:.2f})"
+    )
+    typer.echo(str(output))
+
+
+def _table(title: str, rows: list[dict[str, Any]], as_json: bool, key: str) -> None:
+    """Print rows on stdout, as a table or as one JSON object."""
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, key: rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=None, title_justify="left", header_style="bold")
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(str(v) for v in row.values()))
+    Console(force_terminal=False if is_plain(sys.stdout) else None).print(table)
+
+
+def _show_plan(plan: dict[str, Any], settings: Any, origins: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        from ibmd_cli.config import to_json
+
+        typer.echo(json.dumps({"schema": 1, "settings": to_json(settings), "origins": origins, "plan": plan}))
+        return
+    rows = [{"setting": k, "value": getattr(settings, k), "origin": origin} for k, origin in origins.items()]
+    _table("Settings", rows, False, "")
+    _table("Plan", [{"what": k, "value": v} for k, v in plan.items()], False, "")
+
+
+def main() -> None:
+    """Run the program; tell what the user can mend in one line, and keep tracebacks for --debug."""
+    reporter = Reporter()
+    try:
+        app()
+    except IbmdError as error:
+        _fail(reporter, str(error), error.exit_code)
+    except MemoryError:
+        _fail(reporter, "out of memory: lower --batch-size or --micro-batch", 5)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: say nothing more
+        sys.exit(1)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail(reporter, f"disk full while writing {error.filename or 'a file'}: free some space and run again", 1)
+        _fail(reporter, f"{error.filename or 'system'}: {error.strerror or error}", 1)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            _fail(reporter, f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        _fail(reporter, "out of memory: lower --batch-size or --micro-batch", 5)
+
+
+def _fail(reporter: Reporter, message: str, exit_code: int) -> Any:
+    if "--debug" in sys.argv or os.environ.get("IBMD_DEBUG", "") not in ("", "0"):
+        raise  # noqa: PLE0704 (always called while an exception is handled)
+    reporter.error(message)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

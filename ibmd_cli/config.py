@@ -1,0 +1,195 @@
+"""Settings of a distillation: their types, defaults and origins. No torch here.
+
+A value comes from the first of: flag, environment (`IBMD_STEPS` for `--steps`), `--config FILE` (TOML or JSON), the
+teacher's preset (`presets.toml`), the default of `DistillConfig`.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ibmd_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What a distillation is made with. The defaults are the paper's (Table 7) where it names a value.
+
+    Attributes:
+        teacher: reference of the teacher.
+        data: folders of source images, or `builtin:NAME`.
+        nfe: N, network calls of the student per image.
+        steps: K, student updates.
+        bridge_steps: L, bridge-model updates per student update.
+        bridge_warmup: bridge-model updates before the first student update. Differs from the paper (0).
+        batch_size: images per update, over all processes and micro-batches.
+        micro_batch: images at a time per process; 0 means batch_size / processes.
+        lr: learning rate of the student.
+        bridge_lr: learning rate of the bridge model.
+        lr_warmup: student updates of linear warm-up.
+        lr_decay: "none", "linear" or "cosine", of both rates, over the run.
+        betas: of Adam, both networks.
+        clip: largest gradient norm of the student; 0 means none.
+        ema: decay of the student's average.
+        noise: whether the student takes noise z.
+        noise_channels: channels of z.
+        noise_grid: side of z, enlarged to the image by repetition; 0 means one number per pixel, as in the paper.
+        t_power: t = T − (T − t_min) u^t_power; 1 is uniform, as in the paper; more draws t towards T.
+        flip: mirror sources at random.
+        recompute: run the student twice rather than keep its graph: less memory, more time.
+        checkpointing: activation checkpointing inside the networks: less memory, more time.
+        precision: "fp32", "bf16" or "fp16".
+        seed: of all randomness.
+        checkpoint_every: student updates between checkpoints.
+        preview_every: student updates between preview grids.
+        keep: checkpoints to keep.
+    """
+
+    teacher: str = "builtin:outline2emoji"
+    data: tuple[str, ...] = ()
+    nfe: int = 1
+    steps: int = 3000
+    bridge_steps: int = 5
+    bridge_warmup: int = 0
+    batch_size: int = 256
+    micro_batch: int = 0
+    lr: float = 5e-5
+    bridge_lr: float = 5e-5
+    lr_warmup: int = 0
+    lr_decay: str = "none"
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 0.0
+    ema: float = 0.99
+    noise: bool = True
+    noise_channels: int = 3
+    noise_grid: int = 0
+    t_power: float = 1.0
+    flip: bool = True
+    recompute: bool = True
+    checkpointing: bool = False
+    precision: str = "fp32"
+    seed: int = 0
+    checkpoint_every: int = 100
+    preview_every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name, low in LEAST.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"{_flag(name)}: {getattr(self, name)} is too small: expected at least {low}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{_flag(name)}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name in ("lr", "bridge_lr", "t_power"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{_flag(name)}: {getattr(self, name)} must be greater than 0")
+        if not 0 <= self.ema < 1:
+            raise UsageError(f"--ema: {self.ema} must be at least 0 and less than 1")
+
+
+LEAST = {
+    **dict.fromkeys(["nfe", "steps", "bridge_steps", "batch_size", "noise_channels"], 1),
+    **dict.fromkeys(["checkpoint_every", "preview_every", "keep"], 1),
+    **dict.fromkeys(["bridge_warmup", "micro_batch", "lr_warmup", "noise_grid", "clip", "seed"], 0),
+}
+CHOICES = {"lr_decay": ("none", "linear", "cosine"), "precision": ("fp32", "bf16", "fp16")}
+MAY_CHANGE = ("micro_batch", "recompute", "checkpointing", "checkpoint_every", "preview_every", "keep")
+"""Settings that a resumed run may have otherwise: they do not change what is learnt."""
+
+
+def resolve(
+    flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
+) -> tuple[DistillConfig, dict[str, str]]:
+    """Settle every setting.
+
+    Args:
+        flags: values given on the command line; None means not given.
+        environ: the environment.
+        file: of `--config`, or None.
+
+    Returns:
+        The settings, and for each of them where it came from.
+
+    Raises:
+        UsageError: an unknown name, or a value of the wrong type or out of range.
+    """
+    hints = get_type_hints(DistillConfig)
+    layers: list[tuple[str, Mapping[str, Any]]] = [("flag", {k: v for k, v in flags.items() if v is not None})]
+    layers.append(("environment", {k: environ[_variable(k)] for k in hints if _variable(k) in environ}))
+    if file is not None:
+        layers.append((f"config {file}", _read(file)))
+    teacher = next((layer["teacher"] for _, layer in layers if "teacher" in layer), DistillConfig.teacher)
+    presets = load_presets()
+    if teacher in presets:
+        layers.append(("preset", presets[teacher]))
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(hints, "default")
+    for origin, layer in reversed(layers):
+        for name, value in layer.items():
+            if name not in hints:
+                near = difflib.get_close_matches(name, hints, n=1)
+                raise UsageError(f"{origin}: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            values[name], origins[name] = _convert(name, value, hints[name], origin), origin
+    return DistillConfig(**values), origins
+
+
+def load_presets() -> dict[str, dict[str, Any]]:
+    """Return the settings that belong to each known teacher (`presets.toml`)."""
+    return tomllib.loads((Path(__file__).parent / "presets.toml").read_text())
+
+
+def to_json(config: DistillConfig) -> dict[str, Any]:
+    """Return the settings as a JSON object."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def differences(config: DistillConfig, saved: Mapping[str, Any]) -> list[str]:
+    """Tell which settings that matter differ from those of a saved run, e.g. `lr: 0.0001 there, 0.0002 here`."""
+    return [
+        f"{name}: {saved.get(name)} there, {value} here"
+        for name, value in to_json(config).items()
+        if name not in MAY_CHANGE and saved.get(name) != value
+    ]
+
+
+def _variable(name: str) -> str:
+    return f"IBMD_{name.upper()}"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text()
+        content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {file}: cannot be read ({error})") from error
+    return dict(content)
+
+
+def _convert(name: str, value: Any, hint: Any, origin: str) -> Any:
+    """Give `value`, perhaps text from the environment, the type of the field."""
+    try:
+        if get_origin(hint) is tuple:
+            items = value.split(",") if isinstance(value, str) else list(value)
+            kinds = [kind for kind in get_args(hint) if not isinstance(kind, types.EllipsisType)]
+            if len(get_args(hint)) == len(kinds) != len(items):
+                raise ValueError
+            return tuple(kinds[min(i, len(kinds) - 1)](item) for i, item in enumerate(items))
+        if hint is bool:
+            words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+            return value if isinstance(value, bool) else words[str(value).lower()]
+        if hint is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        return hint(value)
+    except (KeyError, TypeError, ValueError) as error:
+        kind = getattr(hint, "__name__", str(hint))
+        raise UsageError(f"{_flag(name)} ({origin}): {value!r} is not of type {kind}") from error

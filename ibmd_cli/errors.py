@@ -1,0 +1,35 @@
+"""The errors that a user can cause. Each is one line: the value, what was expected, and what mends it."""
+
+
+class IbmdError(Exception):
+    """A failure that is told in one line.
+
+    Attributes:
+        exit_code: what the command line exits with.
+    """
+
+    exit_code = 1
+
+
+class UsageError(IbmdError):
+    """A flag or setting that cannot be meant (exit 2)."""
+
+    exit_code = 2
+
+
+class PartialFailure(IbmdError):
+    """Some inputs failed, the others are done (exit 3)."""
+
+    exit_code = 3
+
+
+class NotAvailable(IbmdError):
+    """A model or data set that cannot be found or fetched (exit 4)."""
+
+    exit_code = 4
+
+
+class OutOfMemory(IbmdError):
+    """Memory ran out (exit 5)."""
+
+    exit_code = 5

@@ -1,0 +1,272 @@
+"""Model folders (teacher or student) and the references that name them.
+
+A model folder holds `config.json` (what the model is), `model.safetensors` (its weights) and `README.md` (its card).
+A reference is `builtin:NAME`, or the path of a model folder or of a run folder (its student).
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ibmd_cli import __version__
+from ibmd_cli.distillation import Setup, Sources, translate
+from ibmd_cli.errors import IbmdError, NotAvailable
+from ibmd_cli.files import atomic_folder
+from ibmd_cli.networks import Predictor, make_predictor
+from ibmd_cli.noise import Streams
+from ibmd_cli.samplers import sample_dbim
+
+FORMAT_VERSION = 1
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Model:
+    """A predictor with what `config.json` says of it.
+
+    Attributes:
+        predictor: x̂_0 (teacher) or G_θ (student), in eval mode, float32.
+        config: the content of `config.json`.
+    """
+
+    predictor: Predictor
+    config: dict[str, Any]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the model was trained on."""
+        return int(self.config["image"]["size"])
+
+    @property
+    def name(self) -> str:
+        """Short name, for tables and messages."""
+        return str(self.config["name"])
+
+    def to(self, device: torch.device | str) -> "Model":
+        """Move the weights to `device` and return the model."""
+        self.predictor.to(device)
+        return self
+
+
+class Teacher(Model):
+    """A diffusion bridge, sampled in many steps."""
+
+    @torch.no_grad()
+    def translate(self, batch: Sources, rng: Streams, nfe: int) -> Tensor:
+        """Translate sources (B, C, H, W) in [-1, 1] with the teacher's own sampler in `nfe` network calls."""
+        return sample_dbim(self.predictor, self.predictor.bridge, batch, nfe, rng)
+
+
+class Student(Model):
+    """A distilled generator, G_θ(x_T, z)."""
+
+    @property
+    def setup(self) -> Setup:
+        """Times, noise and transition of inference."""
+        return make_setup(self.predictor, self.config["sampling"])
+
+    @property
+    def nfe(self) -> int:
+        """Network calls per image."""
+        return len(self.config["sampling"]["timesteps"])
+
+    @torch.no_grad()
+    def translate(self, batch: Sources, rng: Streams) -> Tensor:
+        """Translate sources (B, C, H, W) in [-1, 1]; returns (B, C, H, W) in [-1, 1]."""
+        *_, x_0 = translate(self.predictor, self.setup, batch, rng)
+        return x_0.clamp(-1, 1)
+
+
+def make_setup(predictor: Predictor, sampling: dict[str, Any], t_power: float = 1.0) -> Setup:
+    """Build a `Setup` from a predictor and the section `sampling` of a student's configuration."""
+    noise = sampling["noise"]
+    return Setup(
+        bridge=predictor.bridge,
+        weight=predictor.weight,
+        timesteps=tuple(sampling["timesteps"]),
+        noise_shape=(noise["channels"], noise["grid"], noise["grid"]) if noise["channels"] else None,
+        t_power=t_power,
+        rollout=sampling["rollout"],
+        transition=sampling["transition"],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+def save_model(model: Model, folder: Path, *, dtype: str = "fp32", card: str | None = None) -> None:
+    """Write a model folder, whole or not at all; one that is there is replaced in one move.
+
+    Args:
+        model: what to write.
+        folder: where.
+        dtype: of the weights on disk, a key of `DTYPES`.
+        card: text of README.md.
+    """
+    with atomic_folder(folder) as new:
+        (new / "config.json").write_text(json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
+        save_weights(model, new / "model.safetensors", dtype)
+        (new / "README.md").write_text(card or f"# {model.name}\n\nLicence: {model.config['licence']}.\n")
+
+
+def save_weights(model: Model, file: Path, dtype: str) -> None:
+    """Write the weights as safetensors, with the configuration as metadata."""
+    tensors = {key: v.detach().to("cpu", DTYPES[dtype]).contiguous() for key, v in model.predictor.state_dict().items()}
+    save_file(tensors, file, metadata={"format": "pt", "ibmd": json.dumps(model.config, ensure_ascii=False)})
+
+
+def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
+    """Load the model that a reference names.
+
+    Args:
+        reference: see the module's docstring.
+        kind: "teacher" or "student", if only one will do.
+
+    Raises:
+        NotAvailable: the reference names nothing.
+        IbmdError: the folder is of a newer format, or its weights do not fit its configuration.
+    """
+    path = resolve(reference, kind)
+    if path.is_file():
+        config, file = _metadata(path), path
+    else:
+        config, file = read_json(path / "config.json"), path / "model.safetensors"
+    if config.get("format") not in ("ibmd-teacher", "ibmd-student"):
+        raise IbmdError(f"{path}: not a model of ibmd: its format is {config.get('format')!r}")
+    if config["format_version"] > FORMAT_VERSION:
+        raise IbmdError(
+            f"{path}: format_version {config['format_version']}, written by ibmd {config.get('ibmd_version', '?')}; "
+            f"ibmd {__version__} reads up to {FORMAT_VERSION}. Upgrade: pip install -U ibmd-cli"
+        )
+    is_teacher = config["format"] == "ibmd-teacher"
+    if kind is not None and (kind == "teacher") != is_teacher:
+        other = "teacher" if is_teacher else "student"
+        raise IbmdError(f"{reference}: a {other}, where a {kind} is needed. Name it with --{other}")
+    predictor = make_predictor(config)
+    load_weights(predictor, file)
+    return (Teacher if is_teacher else Student)(predictor.eval(), config)
+
+
+def load_weights(predictor: Predictor, file: Path) -> None:
+    """Copy the tensors of a safetensors file into `predictor`, refusing any that is missing, extra or misshapen."""
+    want = predictor.state_dict()
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            have = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            wrong = [f"{key} (missing)" for key in want if key not in have]
+            wrong += [f"{key} (extra)" for key in have if key not in want]
+            wrong += [
+                f"{key} ({list(have[key])}, expected {list(v.shape)})"
+                for key, v in want.items()
+                if key in have and have[key] != tuple(v.shape)
+            ]
+            if wrong:
+                more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+                raise IbmdError(f"{file}: tensors do not fit config.json: {', '.join(wrong[:5])}{more}")
+            for key, v in want.items():
+                v.copy_(tensors.get_tensor(key))
+    except (OSError, SafetensorError) as error:
+        raise IbmdError(f"{file}: cannot be read as safetensors ({error})") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        IbmdError: the file is absent or is not one.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise IbmdError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise IbmdError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return dict(json.loads((tensors.metadata() or {}).get("ibmd", "{}")))
+    except (OSError, SafetensorError) as error:
+        raise IbmdError(f"{file}: cannot be read as safetensors ({error})") from error
+
+
+def sha256(file: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- references
+
+
+def assets() -> Path:
+    """Return the folder of the models and data that are embedded in the package."""
+    return Path(str(resources.files("ibmd_cli"))) / "assets"
+
+
+def builtin_names() -> Iterator[str]:
+    """Yield the names of the embedded models."""
+    yield from sorted(folder.name for folder in assets().iterdir() if (folder / "teacher").is_dir())
+
+
+def list_teachers() -> list[dict[str, Any]]:
+    """Return a row for each known teacher: reference, task, size, kind, parameters, source, licence, paper row."""
+    rows = []
+    for name in builtin_names():
+        folder = assets() / name / "teacher"
+        config = read_json(folder / "config.json")
+        with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
+        rows.append(
+            {
+                "teacher": f"builtin:{name}",
+                "task": config["task"],
+                "pixels": config["image"]["size"],
+                "kind": f"{'conditional' if config['conditional'] else 'unconditional'} {config['bridge']['kind']}",
+                "parameters": sum(math.prod(shape) for shape in shapes),
+                "source": "embedded",
+                "licence": config["licence"],
+                "paper row": "-",
+            }
+        )
+    return rows
+
+
+def resolve(reference: str, kind: str | None = None) -> Path:
+    """Return the model folder (or safetensors file) that a reference names.
+
+    Args:
+        reference: `builtin:NAME`, a model folder, a run folder, or a file written by `ibmd export`.
+        kind: "teacher" or "student": which of the two an embedded name means.
+
+    Raises:
+        NotAvailable: there is no such model; the message lists the nearest names.
+    """
+    known = [f"builtin:{name}" for name in builtin_names()]
+    if reference in known:
+        return assets() / reference.removeprefix("builtin:") / (kind or "student")
+    path = Path(reference)
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    for folder in (path, path / "student"):
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            return folder
+    if path.exists():
+        raise NotAvailable(
+            f"{reference}: no model here: expected config.json and model.safetensors, or a run folder with student/"
+        )
+    near = difflib.get_close_matches(reference, known, n=3, cutoff=0.4) or known
+    raise NotAvailable(f"no {kind or 'model'} {reference!r}: nearest: {', '.join(near)}; or give the path of a folder")

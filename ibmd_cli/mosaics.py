@@ -1,0 +1,100 @@
+"""Pictures made of tiles: the embedded data sets, which are stored as mosaics, and labelled grids of results.
+
+Images are uint8 (N, 3, H, W), 0 … 255.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ibmd_cli.errors import NotAvailable
+from ibmd_cli.models import assets
+
+
+class Pairs(NamedTuple):
+    """Sources with their targets.
+
+    Attributes:
+        names: of the N pairs.
+        x_T: sources, uint8 (N, 3, H, W).
+        x_0: targets, same shape.
+    """
+
+    names: list[str]
+    x_T: Tensor
+    x_0: Tensor
+
+
+def embedded_pairs(name: str = "outline2emoji") -> Pairs:
+    """Read the test pairs of an embedded data set.
+
+    Raises:
+        NotAvailable: there is no such data set.
+    """
+    folder, index = _index(name)
+    names = index["test"]["names"]
+    x_T, x_0 = (_tiles(folder / f"test-{side}.png", index, len(names)) for side in ("sources", "targets"))
+    return Pairs(names, x_T, x_0)
+
+
+def embedded_sources(name: str = "outline2emoji") -> Tensor:
+    """Read the training sources of an embedded data set, in several poses each.
+
+    Returns:
+        x_T, uint8 (V · N, 3, H, W), all of pose 0 first. Grey sources share the memory of their three channels.
+
+    Raises:
+        NotAvailable: there is no such data set.
+    """
+    folder, index = _index(name)
+    sources = index["sources"]
+    return _tiles(folder / "sources.png", index, len(sources["names"]) * sources["variants"])
+
+
+def _index(name: str) -> tuple[Path, dict[str, Any]]:
+    file = assets() / name / "pairs.json"
+    if not file.is_file():
+        known = sorted(f.parent.name for f in assets().glob("*/pairs.json"))
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        raise NotAvailable(f"no data 'builtin:{name}': nearest: {', '.join(f'builtin:{n}' for n in near)}")
+    return file.parent, json.loads(file.read_text())
+
+
+def _tiles(file: Path, index: dict[str, Any], count: int) -> Tensor:
+    """Cut a mosaic into its first `count` tiles, row by row, uint8 (count, 3, tile, tile)."""
+    tile, columns = index["tile"], index["columns"]
+    with Image.open(file) as image:
+        pixels = torch.from_numpy(np.array(image))
+    rows = len(pixels) // tile
+    tiles = pixels.reshape(rows, tile, columns, tile, -1).permute(0, 2, 4, 1, 3).flatten(0, 1)
+    return tiles[:count].expand(-1, 3, -1, -1)
+
+
+def labelled_grid(rows: Mapping[str, Tensor], side: int = 96, gap: int = 4) -> Image.Image:
+    """Draw rows of images, each with its label on the left, small images enlarged by repetition of pixels.
+
+    Args:
+        rows: label → images, uint8 (n, 3, H, W), of one shape.
+        side: least height of an image in the grid.
+        gap: white pixels between images.
+    """
+    scale = max(1, side // next(iter(rows.values())).shape[-1])
+    font = ImageFont.load_default(14)
+    margin = 2 * gap + int(max(font.getlength(label) for label in rows))
+    strips = []
+    for images in rows.values():
+        big = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        strips.append(torch.nn.functional.pad(big, (0, gap, 0, gap), value=255).permute(2, 0, 3, 1).flatten(1, 2))
+    pixels = torch.nn.functional.pad(torch.cat(strips), (0, 0, margin, 0, gap, 0), value=255)
+    picture = Image.fromarray(pixels.numpy())
+    draw = ImageDraw.Draw(picture)
+    for i, label in enumerate(rows):
+        draw.text((margin - gap, gap + (i + 0.5) * len(strips[i]) - gap / 2), label, "black", font, anchor="rm")
+    return picture

@@ -1,0 +1,349 @@
+"""The ADM U-Net with the parameter names of the published checkpoints, and the predictor x̂_0 built on it.
+
+The network F has the skeleton of guided-diffusion (arXiv:2105.05233), which DDBM, DBIM and I2SB share. Around it the
+preconditioning (arXiv:2206.00364, Eq. (7); arXiv:2309.16948, Eq. (12)) makes the predictor of the target:
+
+    x̂_0(x_t, t[, x_T][, z][, y]) = c_skip(t) x_t + c_out(t) F(c_in(t) x_t ⊕ x_T ⊕ z, c_noise(t), y)
+
+⊕ joins channels. x_T is given to conditional predictors only and is not scaled; z is the noise of a student.
+Teacher, bridge model and student are all a `Predictor`; the student alone has noise channels.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ibmd_cli.bridges import Bridge, expand_to, make_bridge
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the U-Net.
+
+    Attributes:
+        in_channels: image channels at the input: x_t, x_T (conditional) and z together.
+        out_channels: image channels at the output.
+        model_channels: width of the first level.
+        channel_mult: width of each level, in units of `model_channels`.
+        num_res_blocks: residual blocks per level on the way down (one more on the way up).
+        attention: downsampling factors (1 = full size) of the levels with self-attention.
+        head_channels: width of an attention head.
+        attention_order: layout of the qkv channels: "new" (q, k, v, then heads) or "legacy" (heads, then q, k, v).
+            Shapes are the same in both; the wrong one computes garbage.
+        num_classes: size of the label embedding, or None.
+        dropout: probability, in training mode only.
+        norm_groups: groups of each GroupNorm.
+        patch_size: space-to-depth factor before the first and after the last convolution (1 in all published nets).
+    """
+
+    in_channels: int
+    out_channels: int = 3
+    model_channels: int = 256
+    channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention: tuple[int, ...] = (8, 16, 32)
+    head_channels: int = 64
+    attention_order: str = "new"
+    num_classes: int | None = None
+    dropout: float = 0.0
+    norm_groups: int = 32
+    patch_size: int = 1
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in float32 whatever the input's dtype, as in the published networks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """Residual block with scale-shift conditioning on the time embedding, and resampling inside (up, down)."""
+
+    def __init__(self, c_in: int, c_out: int, c_emb: int, config: UNetConfig, resample: str | None = None) -> None:
+        super().__init__()
+        self.resample = resample
+        groups = config.norm_groups
+        # Index 1 of in_layers and 1, 2 of out_layers (SiLU, Dropout) hold no parameters: names as published.
+        self.in_layers = nn.Sequential(GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_emb, 2 * c_out))
+        last = _zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.out_layers = nn.Sequential(GroupNorm(groups, c_out), nn.SiLU(), nn.Dropout(config.dropout), last)
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = F.silu(self.in_layers[0](x))
+        if self.resample == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            h, x = (F.interpolate(v, scale_factor=2.0, mode="nearest") for v in (h, x))
+        h = self.in_layers[2](h)
+        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.out_layers[0](h) * (1 + scale) + shift
+        return self.skip_connection(x) + self.out_layers[1:](h)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all pixels. qkv and proj_out are 1×1 convolutions, kept as (out, in, 1) weights."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.heads = channels // config.head_channels
+        self.order = config.attention_order
+        self.norm = GroupNorm(config.norm_groups, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        B, C, H, W = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
+        if self.order == "new":
+            q, k, v = qkv.reshape(B, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = qkv.reshape(B, H * W, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
+        h = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + h.transpose(1, 2).reshape(B, C, H, W)
+
+
+class _Block(nn.Sequential):
+    """A row of layers of which the residual blocks also take the time embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x) if isinstance(layer, nn.Conv2d) else layer(x, emb)
+        return x
+
+
+class UNet(nn.Module):
+    """The ADM U-Net F(x, c_noise, y). Parameter names, order and shapes are those of the published checkpoints.
+
+    Source: arXiv:2105.05233; names from the checkpoints of DDBM, DBIM and I2SB.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        c_emb = 4 * config.model_channels
+        self.time_embed = nn.Sequential(nn.Linear(config.model_channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes, c_emb)
+
+        def block(c_in: int, c_out: int, attend: bool, up: bool = False) -> _Block:
+            layers: list[nn.Module] = [ResBlock(c_in, c_out, c_emb, config)]
+            layers += [AttentionBlock(c_out, config)] if attend else []
+            layers += [ResBlock(c_out, c_out, c_emb, config, "up")] if up else []
+            return _Block(*layers)
+
+        widths = [int(m * config.model_channels) for m in config.channel_mult]
+        cells = config.patch_size**2
+        self.input_blocks = nn.ModuleList([_Block(nn.Conv2d(config.in_channels * cells, widths[0], 3, padding=1))])
+        skips, c = [widths[0]], widths[0]
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(block(c, width, 2**level in config.attention))
+                skips.append(c := width)
+            if level < len(widths) - 1:
+                self.input_blocks.append(_Block(ResBlock(c, c, c_emb, config, "down")))
+                skips.append(c)
+        self.middle_block = _Block(
+            ResBlock(c, c, c_emb, config), AttentionBlock(c, config), ResBlock(c, c, c_emb, config)
+        )
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(config.num_res_blocks + 1):
+                up = level > 0 and i == config.num_res_blocks
+                self.output_blocks.append(block(c + skips.pop(), width, 2**level in config.attention, up))
+                c = width
+        head = _zero(nn.Conv2d(c, config.out_channels * cells, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(config.norm_groups, c), nn.SiLU(), head)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of an image must be a multiple of this."""
+        return self.config.patch_size * 2 ** (len(self.config.channel_mult) - 1)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Compute F.
+
+        Args:
+            x: (B, in_channels, H, W), H and W multiples of `size_multiple`.
+            c_noise: (B,), the number that stands for time.
+            label: class indices (B,) int64, if the network has classes.
+
+        Returns:
+            (B, out_channels, H, W).
+        """
+        emb = self.time_embed(sinusoid(c_noise, self.config.model_channels))
+        if label is not None:
+            emb = emb + self.label_emb(label)
+        h = F.pixel_unshuffle(x, self.config.patch_size) if self.config.patch_size > 1 else x
+        skips = []
+        for module in self.input_blocks:
+            h = self._run(module, h, emb)
+            skips.append(h)
+        h = self._run(self.middle_block, h, emb)
+        for module in self.output_blocks:
+            h = self._run(module, torch.cat([h, skips.pop()], dim=1), emb)
+        h = self.out(h)
+        return F.pixel_shuffle(h, self.config.patch_size) if self.config.patch_size > 1 else h
+
+    def _run(self, module: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # Non-reentrant: frozen parameters stay frozen, and gradients still reach h.
+            return checkpoint(module, h, emb, use_reentrant=False)
+        return module(h, emb)
+
+
+def sinusoid(c_noise: Tensor, channels: int) -> Tensor:
+    """Embed numbers (B,) as [cos | sin] of geometric frequencies, float32 (B, channels). Source: ADM's code."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=c_noise.device) / half)
+    angles = c_noise.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _zero(module: nn.Module) -> Any:
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """c_skip, c_in, c_out of DDBM from the second moments of the data, or of I2SB, which has none.
+
+    With moments (DDBM, DBIM's VP models), for A_t = a² mT + b² m0 + 2ab m0T + c²:
+        c_in = A^(−½)    c_skip = (b m0 + a m0T)/A    c_out² = (a² (m0 mT − m0T²) + c² m0)/A
+    Without (I2SB, DBIM's inpainting model): c_in = c_skip = 1, c_out = −ρ_t, so that F predicts (x_t − x_0)/ρ_t.
+
+    Attributes:
+        kind: "ddbm" or "i2sb".
+        m0: E x_0² (0.25 in the published models, which call its root sigma_data).
+        mT: E x_T².
+        m0T: E x_0 x_T.
+
+    Source: arXiv:2309.16948, Eq. (12); arXiv:2302.05872, Eq. (12).
+    """
+
+    kind: str = "ddbm"
+    m0: float = 0.25
+    mT: float = 0.25
+    m0T: float = 0.0
+
+    def __call__(self, bridge: Bridge, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return c_skip, c_in, c_out at times `t` (B,), float64 (B,)."""
+        if self.kind == "i2sb":
+            rho_t = bridge.alpha_rho(t)[1]
+            return torch.ones_like(rho_t), torch.ones_like(rho_t), -rho_t
+        a, b, c = bridge.coefficients(t)
+        A = a**2 * self.mT + b**2 * self.m0 + 2 * a * b * self.m0T + c**2
+        c_out = ((a**2 * (self.m0 * self.mT - self.m0T**2) + c**2 * self.m0) / A).sqrt()
+        return (b * self.m0 + a * self.m0T) / A, A.rsqrt(), c_out
+
+
+class Predictor(nn.Module):
+    """x̂_0(x_t, t[, x_T][, z][, y]): the predictor of the target that teacher, bridge model and student share.
+
+    Args:
+        config: shape of the network; its `in_channels` count x_t, x_T (if `conditional`) and z.
+        bridge: the process q.
+        preconditioning: c_skip, c_in, c_out.
+        conditional: whether the network sees x_T.
+        noise_channels: channels of z (0 for a teacher or bridge model).
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        bridge: Bridge,
+        preconditioning: Preconditioning,
+        conditional: bool,
+        noise_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone = UNet(config)
+        self.bridge = bridge
+        self.preconditioning = preconditioning
+        self.conditional = conditional
+        self.noise_channels = noise_channels
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, x_T: Tensor, z: Tensor | None = None, label: Tensor | None = None
+    ) -> Tensor:
+        """Predict the target.
+
+        Args:
+            x_t: states (B, C, H, W).
+            t: times (B,), in the bridge's units.
+            x_T: sources (B, C, H, W); not read by an unconditional predictor.
+            z: noise (B, noise_channels, h, w), for a student with noise; enlarged to (H, W) by repetition.
+            label: class indices (B,), for a class-conditional one.
+
+        Returns:
+            x̂_0 (B, C, H, W), float32, not clamped.
+        """
+        c_skip, c_in, c_out = (expand_to(c, x_t) for c in self.preconditioning(self.bridge, t))
+        inputs = [c_in * x_t]
+        if self.conditional:
+            inputs.append(x_T)
+        if self.noise_channels:
+            if z is None:
+                raise ValueError(f"this student needs noise z of {self.noise_channels} channels")
+            inputs.append(F.interpolate(z, x_t.shape[-2:], mode="nearest") if z.shape[-2:] != x_t.shape[-2:] else z)
+        x = torch.cat(inputs, dim=1).contiguous(memory_format=torch.channels_last)
+        return c_skip * x_t + c_out * self.backbone(x, self.bridge.c_noise(t), label).to(x_t.dtype)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Return λ(t) = 1/c_out(t)², the teachers' own weighting of ‖x̂_0 − x_0‖², float64 (B,)."""
+        return self.preconditioning(self.bridge, t)[2] ** -2
+
+    def widen(self, noise_channels: int) -> "Predictor":
+        """Return a copy that also takes z, with zero weights for it: its output does not depend on z yet.
+
+        Source: arXiv:2502.01362v2, App. B.
+        """
+        settings = self.to_dict()
+        settings["network"]["in_channels"] += noise_channels
+        settings["noise_channels"] = self.noise_channels + noise_channels
+        wide = make_predictor(settings)
+        state = self.state_dict()
+        name = "backbone.input_blocks.0.0.weight"
+        extra = noise_channels * self.backbone.config.patch_size**2
+        state[name] = F.pad(state[name], (0, 0, 0, 0, 0, extra))
+        wide.load_state_dict(state)
+        return wide.train(self.training)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form, read back by `make_predictor`."""
+        return {
+            "network": asdict(self.backbone.config),
+            "bridge": self.bridge.to_dict(),
+            "preconditioning": asdict(self.preconditioning),
+            "conditional": self.conditional,
+            "noise_channels": self.noise_channels,
+        }
+
+
+def make_predictor(config: dict[str, Any]) -> Predictor:
+    """Build a predictor (with fresh weights) from its JSON form (`Predictor.to_dict`)."""
+    network = {key: tuple(v) if isinstance(v, list) else v for key, v in config["network"].items()}
+    model = Predictor(
+        UNetConfig(**network),
+        make_bridge(config["bridge"]),
+        Preconditioning(**config["preconditioning"]),
+        conditional=config["conditional"],
+        noise_channels=config["noise_channels"],
+    )
+    return model.to(memory_format=torch.channels_last)

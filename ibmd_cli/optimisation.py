@@ -1,0 +1,155 @@
+"""One network in training: optimiser, learning-rate schedule, gradient accumulation, EMA, guards.
+
+The student, the bridge model and a teacher that is trained from data are all a `Player`: there is one training step
+in this package. Accelerate supplies devices, mixed precision and several processes.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ibmd_cli.errors import IbmdError
+from ibmd_cli.noise import stream
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate: linear warm-up, constant, then a descent ("linear", "cosine") over the whole run or none.
+
+    Attributes:
+        lr: peak.
+        warmup: steps of linear warm-up.
+        decay: "none", "linear" or "cosine".
+        floor: final rate as a fraction of the peak.
+    """
+
+    lr: float
+    warmup: int = 0
+    decay: str = "none"
+    floor: float = 0.05
+
+    def __call__(self, step: int, steps: int) -> float:
+        """Return the rate for step `step` (from 0) of `steps`."""
+        progress = step / max(1, steps)
+        fall = {
+            "none": 1.0,
+            "linear": 1 - (1 - self.floor) * progress,
+            "cosine": self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress)),
+        }[self.decay]
+        return self.lr * fall * min(1.0, (step + 1) / (self.warmup + 1))
+
+
+class Player:
+    """A network and everything that moves it.
+
+    Args:
+        name: "student", "bridge_model" or "teacher"; part of its random streams and of error messages.
+        model: the network; trained in place.
+        accelerator: device, precision, processes.
+        schedule: learning rate.
+        steps: optimiser steps of the whole run, for the schedule.
+        seed: of the run.
+        betas: of Adam.
+        clip: largest gradient norm, or None.
+        micro_batches: gradients of this many calls of the loss function are averaged in each step.
+        ema: decay of the averaged copy, or None for no copy.
+        weight_decay: decoupled (AdamW).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        accelerator: Accelerator,
+        schedule: Schedule,
+        *,
+        steps: int,
+        seed: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip: float | None = None,
+        micro_batches: int = 1,
+        ema: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.name, self.steps, self.seed = name, steps, seed
+        self.accelerator, self.schedule, self.clip, self.micro_batches = accelerator, schedule, clip, micro_batches
+        self.network = model
+        optimizer = torch.optim.AdamW(
+            model.parameters(), schedule.lr, betas=betas, weight_decay=weight_decay, fused=True
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average = AveragedModel(model, multi_avg_fn=_ema(ema)) if ema is not None else None
+
+    def update(self, step: int, compute: Callable[..., float]) -> float:
+        """Make one optimiser step and return the loss, averaged over micro-batches and processes.
+
+        Args:
+            step: number of the step, from 0.
+            compute: given a random stream and a `backward`, computes the loss and its gradient.
+
+        Raises:
+            IbmdError: if the loss or the gradient is not finite; the parameters are untouched.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(step, self.steps)
+        total = 0.0
+        for micro in range(self.micro_batches):
+            rng = stream(self.seed, self.name, step, micro, self.accelerator.process_index)
+            last = micro == self.micro_batches - 1
+            with self.accelerator.no_sync(self.model) if not last else nullcontext():
+                total += compute(rng, self._backward) / self.micro_batches
+        norm = self._gradient_norm()
+        loss = float(self.accelerator.reduce(torch.tensor([total], device=self.accelerator.device), "mean"))
+        scaled = self.accelerator.scaler is not None  # with fp16, the scaler itself skips steps that overflow
+        if not math.isfinite(loss) or (not scaled and not math.isfinite(norm)):
+            raise IbmdError(
+                f"{self.name} step {step + 1}: loss {loss:g}, gradient norm {norm:g}: not finite. "
+                f"Lower --lr or use --precision fp32; the last checkpoint is intact"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return loss
+
+    def averaged(self) -> nn.Module:
+        """Return the network with averaged weights (the network itself without EMA)."""
+        return self.average.module if self.average is not None else self.network
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on."""
+        state = {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss / self.micro_batches)
+
+    def _gradient_norm(self) -> float:
+        limit = self.clip if self.clip is not None else math.inf
+        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+
+
+def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Exponential average whose decay warms up as min(decay, (1 + k)/(10 + k)), so that the start is forgotten."""
+
+    def update(averaged: list[Tensor], current: list[Tensor], k: Tensor | int) -> None:
+        d = min(decay, (1 + float(k)) / (10 + float(k)))
+        torch._foreach_lerp_(averaged, current, 1 - d)
+
+    return update

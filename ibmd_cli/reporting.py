@@ -1,0 +1,119 @@
+"""What the user sees on stderr: notes, warnings, progress. Results alone go to stdout.
+
+On a terminal, a bar; elsewhere a plain line every few seconds and no escape code at all.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+def is_plain(stream: TextIO | None = None) -> bool:
+    """Tell whether `stream` (stderr, unless given) must get no escape codes."""
+    environ = os.environ
+    asked = environ.get("TERM") == "dumb" or "NO_COLOR" in environ or environ.get("CI", "") not in ("", "0", "false")
+    return asked or not (stream or sys.stderr).isatty()
+
+
+class Reporter:
+    """Notes, warnings and progress of one command.
+
+    Args:
+        quiet: no notes and no progress; warnings and errors still appear.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.plain = is_plain()
+        self.console = Console(
+            stderr=True,
+            force_terminal=None if not self.plain else False,
+            no_color=self.plain,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def note(self, message: str) -> None:
+        """Say something that is good to know."""
+        if not self.quiet:
+            self.console.print(message, markup=False, style="dim" if not self.plain else None)
+
+    def warn(self, message: str) -> None:
+        """Say something that the user should look at."""
+        self.console.print(Text("warning: ", style="yellow").append(message, style="default"))
+
+    def error(self, message: str) -> None:
+        """Say why something failed."""
+        self.console.print(Text("error: ", style="bold red").append(message, style="default"))
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str, done: int = 0) -> Iterator["Meter"]:
+        """Show the progress of `total` units of work, `done` of which were done before."""
+        if self.quiet:
+            yield Meter()
+        elif self.plain:
+            yield _PlainMeter(self, what, total, unit, done)
+        else:
+            columns: list[ProgressColumn] = [
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[details]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(compact=True),
+            ]
+            with Progress(*columns, console=self.console) as bar:
+                yield _BarMeter(bar, what, total, unit, done)
+
+
+class Meter:
+    """Progress that is not shown."""
+
+    def advance(self, n: int = 1, **details: Any) -> None:
+        """Report `n` units done, and values to show beside them."""
+
+
+class _BarMeter(Meter):
+    def __init__(self, bar: Progress, what: str, total: int, unit: str, done: int) -> None:
+        self.bar, self.unit, self.count, self.began = bar, unit, 0, time.monotonic()
+        self.task = bar.add_task(what, total=total, completed=done, rate="", details="")
+
+    def advance(self, n: int = 1, **details: Any) -> None:
+        self.count += n
+        rate = f"{self.count / max(1e-9, time.monotonic() - self.began):.3g} {self.unit}/s"
+        self.bar.update(self.task, advance=n, rate=rate, details=_join(details))
+
+
+class _PlainMeter(Meter):
+    SECONDS = 5.0
+
+    def __init__(self, reporter: Reporter, what: str, total: int, unit: str, done: int) -> None:
+        self.reporter, self.what, self.total, self.unit = reporter, what, total, unit
+        self.done, self.count = done, 0
+        self.began = self.shown = time.monotonic()
+
+    def advance(self, n: int = 1, **details: Any) -> None:
+        self.count += n
+        now = time.monotonic()
+        finished = self.done + self.count >= self.total
+        if now - self.shown < self.SECONDS and not finished:
+            return
+        self.shown = now
+        rate = self.count / max(1e-9, now - self.began)
+        left = (self.total - self.done - self.count) / rate
+        self.reporter.note(
+            f"{self.what} {self.done + self.count}/{self.total}  {rate:.3g} {self.unit}/s  {_join(details)}  "
+            f"ETA {int(left // 60)}:{int(left % 60):02d}"
+        )
+
+
+def _join(details: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {value}" for key, value in details.items())

@@ -1,0 +1,366 @@
+"""`ibmd distill`: a run of Algorithm 1 on Accelerate, with its folder, previews, checkpoints and resume.
+
+A run folder holds `config.json`, `metrics.jsonl`, `previews/`, `checkpoints/step-NNNNNN/` (all that training needs)
+and `student/` (all that the other commands need). Every random number belongs to a place in the run (`stream`), so a
+checkpoint holds weights, optimisers and one step count, and a resumed run equals an uninterrupted one.
+"""
+
+import copy
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ibmd_cli import __version__
+from ibmd_cli.config import DistillConfig, differences, to_json
+from ibmd_cli.data import SourceImages
+from ibmd_cli.distillation import Sources, ibmd
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.files import atomic_file, atomic_folder
+from ibmd_cli.images import to_uint8
+from ibmd_cli.models import Model, Student, Teacher, load_model, make_setup, read_json, resolve, save_model, sha256
+from ibmd_cli.mosaics import labelled_grid
+from ibmd_cli.noise import stream
+from ibmd_cli.optimisation import Player, Schedule
+from ibmd_cli.reporting import Meter, Reporter
+
+PREVIEWS = 8
+
+
+def plan(config: DistillConfig, out: Path) -> dict[str, Any]:
+    """Return what a run would take, for `--dry-run`.
+
+    The memory is an estimate: weights, gradients, Adam's moments and averages in float32, without activations.
+    """
+    teacher = load_model(config.teacher, "teacher")
+    n = sum(p.numel() for p in teacher.predictor.parameters())
+    student = _new_student(config, teacher)
+    n_student = sum(p.numel() for p in student.predictor.parameters())
+    return {
+        "run folder": str(out),
+        "parameters of the teacher": n,
+        "parameters of the bridge model": n,
+        "parameters of the student": n_student,
+        # teacher: weights; bridge model: weights, gradient, two moments; student: these and the average
+        "memory without activations, bytes": 4 * (n + 4 * n + 5 * n_student),
+        "images per update": config.batch_size,
+        "updates of the bridge model": config.bridge_warmup + config.steps * config.bridge_steps,
+        "timesteps of the student": student.config["sampling"]["timesteps"],
+        "files to download": [],
+    }
+
+
+def distill(
+    config: DistillConfig, origins: dict[str, str], out: Path, device: torch.device, resume: str, reporter: Reporter
+) -> Path:
+    """Distil a teacher into a student; continue if `out` holds an interrupted run of the same settings.
+
+    Args:
+        config: the settings.
+        origins: where each came from; written to `config.json`.
+        out: run folder.
+        device: to train on; further processes take the devices that Accelerate gives them.
+        resume: "auto" (the newest sound checkpoint of `out`, if any), "never" (refuse a folder that holds a run), or
+            the path of a checkpoint.
+        reporter: for notes and progress.
+
+    Returns:
+        The student's folder.
+
+    Raises:
+        IbmdError: a loss or gradient that is not finite, a run of other settings, unreadable data.
+        KeyboardInterrupt: after SIGINT or SIGTERM, when the step is finished and a checkpoint is written.
+    """
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no" if config.precision == "fp32" else config.precision
+    )
+    main = accelerator.is_main_process
+    reporter = reporter if main else Reporter(quiet=True)
+    share, rest = divmod(config.batch_size, accelerator.num_processes)
+    micro_batch = config.micro_batch or share
+    if rest or share % micro_batch:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is not a multiple of {accelerator.num_processes} process(es) × "
+            f"--micro-batch {micro_batch}: choose a multiple"
+        )
+    teacher = load_model(config.teacher, "teacher")
+    assert isinstance(teacher, Teacher)
+    sources = SourceImages(config.data, teacher.image_size, reporter)
+    if main:
+        open_run(out, config, origins, resume, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+
+    torch.manual_seed(config.seed)
+    teacher.to(accelerator.device).predictor.requires_grad_(False)
+    bridge_model = copy.deepcopy(teacher.predictor).requires_grad_(True)
+    student = _new_student(config, teacher)
+    student.predictor.to(accelerator.device).requires_grad_(True)
+    for predictor in (teacher.predictor, bridge_model, student.predictor):
+        predictor.backbone.gradient_checkpointing = config.checkpointing
+    # Dropout stays off (eval mode): student and bridge model must agree with the teacher at the start.
+    common = {
+        "steps": config.steps, "seed": config.seed, "betas": config.betas, "micro_batches": share // micro_batch
+    }  # fmt: skip
+    phi = Player(
+        "bridge_model", bridge_model, accelerator, Schedule(config.bridge_lr, 0, config.lr_decay),
+        **{**common, "steps": config.bridge_warmup + config.steps * config.bridge_steps},
+    )  # fmt: skip
+    theta = Player(
+        "student", student.predictor, accelerator, Schedule(config.lr, config.lr_warmup, config.lr_decay),
+        clip=config.clip or None, ema=config.ema, **common,
+    )  # fmt: skip
+    players = {"student": theta, "bridge_model": phi}
+    run = Run(out, players, student, config.keep)
+    start, spent = run.restore(resume, reporter)
+    if start >= config.steps:
+        reporter.note(f"{out}: complete ({start} student updates); to train anew, give another --out")
+        return out / "student"
+
+    def draw(rng: torch.Generator) -> Sources:
+        return Sources(sources.batch(micro_batch, rng, flip=config.flip).to(accelerator.device))
+
+    setup = make_setup(student.predictor, student.config["sampling"], config.t_power)
+    preview = Preview(sources, teacher, config.seed, accelerator.device) if main else None
+    if preview and start == 0:
+        preview.save(out / "previews" / "step-000000.png", student, theta.averaged())
+    steps = ibmd(
+        teacher.predictor, phi.model, theta.model, setup, draw, phi.update, theta.update,
+        steps=config.steps, bridge_steps=config.bridge_steps, bridge_warmup=config.bridge_warmup,
+        start=start, recompute=config.recompute,
+    )  # fmt: skip
+    images = config.batch_size * (config.bridge_steps + 1)
+    began = time.monotonic()
+    log = (out / "metrics.jsonl").open("a") if main else None
+    with interrupts() as interrupted, _meter(reporter, main, config.steps, start) as meter:
+        for step in steps:
+            k, now = step.k + 1, spent + time.monotonic() - began
+            losses = {"bridge_loss": step.bridge_loss, "student_loss": step.student_loss}
+            if log:
+                extra = config.bridge_warmup * config.batch_size
+                line = {
+                    "step": k, **losses, "lr": theta.schedule(step.k, config.steps), "images": k * images + extra,
+                    "seconds": now, "images_per_second": (k * images + extra) / now, "peak_memory_bytes": peak_memory(),
+                }  # fmt: skip
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            meter.advance(1, **{name: f"{v:.4f}" for name, v in losses.items()}, images_s=f"{k * images / now:.0f}")
+            stop = _agreed(accelerator, interrupted)
+            if preview and (k % config.preview_every == 0 or k == config.steps):
+                preview.save(out / "previews" / f"step-{k:06d}.png", student, theta.averaged())
+            if stop or k % config.checkpoint_every == 0 or k == config.steps:
+                if main:
+                    run.save(k, now)
+                accelerator.wait_for_everyone()
+            if stop and k < config.steps:
+                reporter.note(f"interrupted after step {k}; the same command continues from here")
+                raise KeyboardInterrupt
+    accelerator.end_training()
+    return out / "student"
+
+
+def _new_student(config: DistillConfig, teacher: Model) -> Student:
+    """Make a student of the teacher's weights, with zero weights for z (arXiv:2502.01362v2, App. B)."""
+    bridge = teacher.predictor.bridge
+    channels = config.noise_channels if config.noise else 0
+    predictor = teacher.predictor.widen(channels) if channels else copy.deepcopy(teacher.predictor)
+    fractions = torch.arange(config.nfe, dtype=torch.float64) / config.nfe
+    chained = bridge.to_dict()["kind"] == "i2sb"
+    shared = ("network", "bridge", "preconditioning", "conditional", "noise_channels")
+    inherited = ("task", "image", "classes", "mask", "licence")
+    weights = resolve(config.teacher, "teacher")
+    settings = {
+        "format": "ibmd-student",
+        "format_version": 1,
+        "ibmd_version": __version__,
+        "name": f"{teacher.name}-{config.nfe}step",
+        **{key: predictor.to_dict()[key] for key in shared},
+        **{key: teacher.config[key] for key in inherited},
+        "sampling": {
+            "timesteps": bridge.time(fractions).tolist(),
+            "noise": {"channels": channels, "grid": config.noise_grid or teacher.image_size},
+            "rollout": "chain" if chained else "random-step",
+            "transition": "posterior" if chained else "marginal",
+        },
+        "teacher": {"reference": config.teacher, "sha256": sha256(weights / "model.safetensors")},
+        "training": to_json(config),
+    }
+    return Student(predictor, settings)
+
+
+def open_run(out: Path, config: DistillConfig, origins: dict[str, str], resume: str, processes: int) -> None:
+    """Make the run folder, or check that the one that is there may be continued with these settings."""
+    file = out / "config.json"
+    if file.exists():
+        saved = read_json(file)
+        if resume == "never":
+            raise UsageError(f"{out}: holds a run already; give another --out, or --resume auto to continue it")
+        changed = differences(config, saved["settings"])
+        if saved["processes"] != processes:
+            changed.append(f"processes: {saved['processes']} there, {processes} here")
+        if changed:
+            raise UsageError(f"{out}: a run with other settings ({'; '.join(changed)}); give another --out")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out}: not empty and not a run folder; give another --out")
+    content = {
+        "ibmd_version": __version__,
+        "processes": processes,
+        "settings": to_json(config),
+        "origins": origins,
+    }
+    with atomic_file(file) as new:
+        new.write_text(json.dumps(content, indent=2) + "\n")
+
+
+class Run:
+    """The checkpoints of a run folder and the student in it.
+
+    Args:
+        out: the run folder.
+        players: what a checkpoint holds.
+        student: written to `student/` with its averaged weights.
+        keep: checkpoints to keep.
+    """
+
+    def __init__(self, out: Path, players: dict[str, Player], student: Student, keep: int) -> None:
+        self.out, self.players, self.student, self.keep = out, players, student, keep
+
+    def save(self, step: int, seconds: float) -> None:
+        """Write `checkpoints/step-NNNNNN` and `student/`, each whole or not at all, and drop the oldest ones."""
+        folder = self.out / "checkpoints" / f"step-{step:06d}"
+        with atomic_folder(folder) as new:
+            torch.save({name: player.state_dict() for name, player in self.players.items()}, new / "state.pt")
+            progress = {"step": step, "seconds": seconds, "sha256": sha256(new / "state.pt")}
+            (new / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
+        config = {**self.student.config, "training": {**self.student.config["training"], "step": step}}
+        averaged = Student(self.players["student"].averaged(), config)  # type: ignore[arg-type]
+        save_model(averaged, self.out / "student", card=student_card(averaged))
+        for old in self.checkpoints()[self.keep :]:
+            for file in sorted(old.iterdir(), reverse=True):
+                file.unlink()
+            old.rmdir()
+
+    def checkpoints(self) -> list[Path]:
+        """Return the folders of the checkpoints, newest first."""
+        return sorted((self.out / "checkpoints").glob("step-*"), reverse=True)
+
+    def restore(self, resume: str, reporter: Reporter) -> tuple[int, float]:
+        """Load the newest sound checkpoint, or the one named; return its step and the seconds spent so far."""
+        folders = self.checkpoints() if resume in ("auto", "never") else [Path(resume)]
+        for folder in folders:
+            try:
+                progress = read_json(folder / "progress.json")
+                if sha256(folder / "state.pt") != progress["sha256"]:
+                    raise IbmdError(f"{folder}/state.pt: its checksum is wrong")
+            except (IbmdError, OSError, KeyError) as error:
+                if resume not in ("auto", "never"):
+                    raise IbmdError(f"--resume {resume}: not a sound checkpoint ({error})") from error
+                reporter.warn(f"{folder}: damaged ({error}); trying the one before it")
+                continue
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            for name, player in self.players.items():
+                player.load_state_dict(state[name])
+            step = int(progress["step"])
+            self._trim_log(step)
+            reporter.note(f"resuming from {folder}")
+            return step, float(progress["seconds"])
+        if folders:
+            reporter.warn(f"{self.out}: no sound checkpoint; starting from step 0")
+        self._trim_log(0)
+        return 0, 0.0
+
+    def _trim_log(self, step: int) -> None:
+        """Drop the lines of steps that will be made again."""
+        file = self.out / "metrics.jsonl"
+        if file.exists():
+            lines = file.read_text().splitlines()[:step]
+            with atomic_file(file) as new:
+                new.write_text("".join(f"{line}\n" for line in lines))
+
+
+class Preview:
+    """The preview grid: the same sources and noise each time; rows source, teacher, student."""
+
+    def __init__(self, sources: SourceImages, teacher: Teacher, seed: int, device: torch.device) -> None:
+        n = min(PREVIEWS, len(sources))
+        rows = torch.linspace(0, len(sources) - 1, n).long().tolist()
+        self.batch = Sources(torch.stack([sources[i] for i in rows]).to(device))
+        self.seed = seed
+        nfe = teacher.config["sampling"]["nfe"]
+        self.rows = [self.batch.x_T, teacher.translate(self.batch, self._streams(), nfe)]
+
+    def save(self, file: Path, student: Student, predictor: Any) -> None:
+        """Write the grid with the student's present (averaged) weights."""
+        images = Student(predictor, student.config).translate(self.batch, self._streams())
+        with atomic_file(file) as new:
+            rows = dict(
+                zip(("source", "teacher", "student"), (to_uint8(x.cpu()) for x in (*self.rows, images)), strict=True)
+            )
+            labelled_grid(rows).save(new, format="png")
+
+    def _streams(self) -> list[torch.Generator]:
+        return [stream(self.seed, "preview", i) for i in range(len(self.batch.x_T))]
+
+
+def student_card(student: Student) -> str:
+    """Return the model card of a student."""
+    config = student.config
+    settings = "\n".join(f"| {key} | {value} |" for key, value in config["training"].items())
+    return (
+        f"---\nlicense: {config['licence'].lower()}\npipeline_tag: image-to-image\nlibrary_name: ibmd\n"
+        f"tags: [diffusion-bridge, distillation, ibmd]\n---\n# {student.name}\n\n"
+        f"{config['task']} in {student.nfe} network evaluation(s), {student.image_size}×{student.image_size} pixels. "
+        f"Distilled from `{config['teacher']['reference']}` by Inverse Bridge Matching Distillation "
+        f"(arXiv:2502.01362) with ibmd {config['ibmd_version']}. Licence: {config['licence']}, as its teacher's.\n\n"
+        f"    ibmd sample --student PATH --input IMAGE\n\n| setting | value |\n|---|---|\n{settings}\n"
+    )
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list in place of stopping at once; the second one stops at once."""
+    received: list[int] = []
+
+    def remember(number: int, _: Any) -> None:
+        if received:
+            os._exit(130)
+        received.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process: of the GPU where there is one, else of the process, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _agreed(accelerator: Accelerator, interrupted: list[int]) -> bool:
+    """Tell whether any process was interrupted, the same in all of them."""
+    if accelerator.num_processes == 1:
+        return bool(interrupted)
+    return bool(accelerator.reduce(torch.tensor(float(bool(interrupted)), device=accelerator.device)) > 0)
+
+
+@contextmanager
+def _meter(reporter: Reporter, main: bool, steps: int, start: int) -> Iterator[Meter]:
+    if main:
+        with reporter.progress("distilling", steps, "step", start) as meter:
+            yield meter
+    else:
+        yield Meter()
