@@ -7,9 +7,10 @@ stdout carries results alone; progress, notes, warnings and errors go to stderr.
 import errno
 import json
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -52,7 +53,7 @@ def common(
 @app.command(
     epilog="Example: ibmd distill                     the embedded teacher, offline, in minutes on a CPU\n\n"
     "Example: ibmd distill --data drawings/ --out runs/mine --steps 1000\n\n"
-    "Example: accelerate launch --cpu --num_processes 2 -m ibmd_cli distill"
+    "Example: ibmd distill --processes all        one process a GPU; or accelerate launch -m ibmd_cli distill"
 )
 def distill(
     teacher: Annotated[str | None, typer.Option(help="Teacher: builtin:NAME or a model folder.")] = None,
@@ -86,6 +87,7 @@ def distill(
     config: Annotated[Path | None, typer.Option(help="TOML or JSON file of settings.")] = None,
     list_teachers: Annotated[bool, typer.Option("--list-teachers", help="List the known teachers and exit.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every setting with its origin and exit.")] = False,
+    processes: Annotated[str, typer.Option(help="Processes to train with: a number, or all (one a GPU).")] = "1",
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of all randomness.")] = None,
     as_json: Json = False,
@@ -116,10 +118,132 @@ def distill(
         _show_plan(plan(settings, out), settings, origins, as_json)
         return
     place = resolve_device(device)
-    reporter.note(f"distilling {settings.teacher} into {out} on {place}")
+    if processes != "1" and "RANK" not in os.environ:
+        from ibmd_cli.launching import relaunch
+
+        sys.exit(relaunch(processes, sys.argv[1:]))
     student = run(settings, origins, out, place, resume, reporter)
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(json.dumps({"schema": 1, "student": str(student)}) if as_json else str(student))
+
+
+@app.command(
+    epilog="Example: ibmd sample --input drawing.png\n\n"
+    "Example: ibmd sample --input drawings/ --recursive --output coloured/ --variants 4\n\n"
+    "Example: ibmd sample --input - < drawing.png > coloured.png"
+)
+def sample(
+    more: Annotated[list[str] | None, typer.Argument(metavar="PATH", help="More inputs.")] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", "-i", metavar="PATH", help="File, folder, glob, or - for an image on stdin (repeatable)."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="File, folder, or - for image bytes on stdout.",
+            show_default="NAME.ibmd.png beside the input",
+        ),
+    ] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Search folders in folders, too.")] = False,
+    on_exists: Annotated[Literal["error", "skip", "overwrite"], typer.Option(help="If an output exists.")] = "error",
+    student: Annotated[
+        str | None,
+        typer.Option(help="Student: builtin:NAME, a model folder or a run folder.", show_default=DEFAULT),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Translate with this teacher instead, to compare.")] = None,
+    nfe: Annotated[int | None, typer.Option(min=1, help="Network calls per image.", show_default="the model's")] = None,
+    variants: Annotated[int, typer.Option(min=1, help="Pictures per input: NAME.ibmd.1.png, …")] = 1,
+    fit: Annotated[
+        Literal["pad", "stretch", "crop"], typer.Option(help="How an input becomes the model's square.")
+    ] = "pad",
+    restore_size: Annotated[
+        bool, typer.Option("--restore-size", help="Give results the size of their inputs.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time on a GPU.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse larger inputs.")] = 100_000_000,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first image that fails.")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Translate images with a student, in one step. A picture depends on its name and the seed alone.
+
+    One bad file does not stop the others: it is named, counted, and the exit code is 3.
+    """
+    from ibmd_cli.jobs import SampleConfig
+    from ibmd_cli.sampling import sample as run
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with no temporary file left
+    config = SampleConfig(
+        inputs=(*(inputs or ()), *(more or ())),
+        output=output,
+        student=student,
+        teacher=teacher,
+        nfe=nfe,
+        recursive=recursive,
+        on_exists=on_exists,
+        fit=fit,
+        restore_size=restore_size,
+        variants=variants,
+        seed=seed,
+        batch_size=batch_size,
+        max_pixels=max_pixels,
+        device=device,
+        fail_fast=fail_fast,
+        as_json=as_json,
+    )
+    raise typer.Exit(run(config, Reporter(quiet)))
+
+
+@app.command(
+    "eval",
+    epilog="Example: ibmd eval                                     the embedded student, teacher and test drawings\n\n"
+    "Example: ibmd eval --student runs/mine --data pairs/ --out report\n\n"
+    "Example: ibmd eval --teacher none --json                 the student alone",
+)
+def evaluate(
+    student: Annotated[
+        str, typer.Option(help="Student: builtin:NAME, a model folder, a run folder, or none.")
+    ] = DEFAULT,
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher, or none.", show_default="the one that the student was distilled from")
+    ] = None,
+    teacher_nfe: Annotated[
+        list[int] | None, typer.Option(help="Network calls of the teacher (repeatable).", show_default="1 5 20 100")
+    ] = None,
+    data: Annotated[str, typer.Option(help="builtin:NAME, or a folder with source/ and target/.")] = DEFAULT,
+    samples: Annotated[int, typer.Option(help="Samples for each source.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Most images at a time.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json and grid.png.")] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a student against its teacher on held-out pairs: quality, diversity and speed."""
+    from rich.console import Console
+
+    from ibmd_cli.evaluation import EvalConfig
+    from ibmd_cli.evaluation import evaluate as run
+    from ibmd_cli.figures import tables
+
+    nfe = tuple(teacher_nfe) if teacher_nfe else EvalConfig.teacher_nfe
+    config = EvalConfig(student, teacher, nfe, data, samples, batch_size, seed, device, out)
+    results = run(config, Reporter(quiet))
+    if as_json:
+        typer.echo(json.dumps(results, ensure_ascii=False))
+        return
+    plain = is_plain(sys.stdout)
+    Console(force_terminal=False if plain else None, width=100 if plain else None).print(tables(results))
 
 
 @app.command(epilog="Example: ibmd export --student runs/outline2emoji --dtype fp16 --output student.safetensors")
@@ -166,7 +290,8 @@ def _table(title: str, rows: list[dict[str, Any]], as_json: bool, key: str) -> N
         table.add_column(name)
     for row in rows:
         table.add_row(*(str(v) for v in row.values()))
-    Console(force_terminal=False if is_plain(sys.stdout) else None).print(table)
+    plain = is_plain(sys.stdout)
+    Console(force_terminal=False if plain else None, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _show_plan(plan: dict[str, Any], settings: Any, origins: dict[str, str], as_json: bool) -> None:

@@ -7,6 +7,7 @@ of two models on the same drawings is the estimate of the difference of their te
 Images are (…, C, H, W) in [-1, 1]. Samples (m, N, C, H, W) are m independent draws for each of N drawings.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.models import sha256
+
+RESAMPLES = 2000
+"""Bootstrap samples, and random halves of the floor."""
 
 
 class Estimate(NamedTuple):
@@ -257,3 +261,32 @@ class EffLite0:
                 maps.append(x)
         x = net._swish(net._bn1(net._conv_head(x)))
         return x.mean((2, 3)).cpu(), maps
+
+
+# ------------------------------------------------------------------------------------------------------ protocols
+
+
+def protocols(data: str, shape: Sequence[int], m: int) -> dict[str, str]:
+    """Return, for each score, all that has to be equal for two of its values to be comparable.
+
+    Args:
+        data: what the pairs are.
+        shape: of their targets, (N, C, H, W).
+        m: samples per source.
+    """
+    n, _, height, width = shape
+    images = f"n={n} pairs of {data}, m={m} samples each (1 without randomness), {width}×{height} RGB uint8"
+    network = f"EfficientNet-Lite0 (sha256 {EffLite0.SHA256[:8]}), bilinear to {EffLite0.SIDE} px"
+    return {
+        "interval": f"95 %, percentile bootstrap over pairs, {RESAMPLES} resamples; differences are paired",
+        "energy_score": f"E|X-y| - E|X-X'|/2 on 4×4-pooled pixels in [-1, 1]; {images}",
+        "kid_efflite0": f"unbiased MMD², kernel (x·y/1280 + 1)³, pooled 1280-d features of {network}; n samples to "
+        f"n targets, never of one source, mean over m; not comparable with KID on Inception features; {images}",
+        "efflite0_distance": f"unit-normalised features after blocks {EffLite0.LAYERS} of {network}, mean squared "
+        f"difference, no learned weights; not comparable with LPIPS; {images}",
+        "psnr": f"dB, peak 255, mean over images and samples; {images}",
+        "diversity": f"standard deviation over samples in [-1, 1], mean over pixels; {images}",
+        "ms_per_image": "median over batches, one process, noise and copies included, image files and features not",
+        "floor": f"kid_efflite0 of real against real: random halves of the targets, {n // 2} images each; other "
+        "sources on either side, so that it varies more than a perfect model on the same sources would",
+    }

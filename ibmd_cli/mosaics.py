@@ -1,4 +1,4 @@
-"""Pictures made of tiles: the embedded data sets, which are stored as mosaics, and labelled grids of results.
+"""Pictures made of tiles: the embedded data sets, stored as mosaics named in `pairs.json`, and labelled grids.
 
 Images are uint8 (N, 3, H, W), 0 … 255.
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -91,8 +92,8 @@ def labelled_grid(rows: Mapping[str, Tensor], side: int = 96, gap: int = 4) -> I
     strips = []
     for images in rows.values():
         big = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        strips.append(torch.nn.functional.pad(big, (0, gap, 0, gap), value=255).permute(2, 0, 3, 1).flatten(1, 2))
-    pixels = torch.nn.functional.pad(torch.cat(strips), (0, 0, margin, 0, gap, 0), value=255)
+        strips.append(F.pad(big, (0, gap, 0, gap), value=255).permute(2, 0, 3, 1).flatten(1, 2))
+    pixels = F.pad(torch.cat(strips), (0, 0, margin, 0, gap, 0), value=255)
     picture = Image.fromarray(pixels.numpy())
     draw = ImageDraw.Draw(picture)
     for i, label in enumerate(rows):

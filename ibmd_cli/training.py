@@ -31,7 +31,7 @@ from ibmd_cli.models import Model, Student, Teacher, load_model, make_setup, rea
 from ibmd_cli.mosaics import labelled_grid
 from ibmd_cli.noise import stream
 from ibmd_cli.optimisation import Player, Schedule
-from ibmd_cli.reporting import Meter, Reporter
+from ibmd_cli.reporting import Reporter
 
 PREVIEWS = 8
 
@@ -85,6 +85,10 @@ def distill(
     )
     main = accelerator.is_main_process
     reporter = reporter if main else Reporter(quiet=True)
+    where = f"{accelerator.device}" + (f" × {accelerator.num_processes}" if accelerator.num_processes > 1 else "")
+    reporter.note(f"distilling {config.teacher} into {out} on {where}")
+    if accelerator.num_processes == 1 and torch.cuda.device_count() > 1 and device.type == "cuda":
+        reporter.note(f"{torch.cuda.device_count()} GPUs are here and one is used; --processes all uses them all")
     share, rest = divmod(config.batch_size, accelerator.num_processes)
     micro_batch = config.micro_batch or share
     if rest or share % micro_batch:
@@ -137,28 +141,26 @@ def distill(
         steps=config.steps, bridge_steps=config.bridge_steps, bridge_warmup=config.bridge_warmup,
         start=start, recompute=config.recompute,
     )  # fmt: skip
-    images = config.batch_size * (config.bridge_steps + 1)
+    warmup, images = config.bridge_warmup * config.batch_size, config.batch_size * (config.bridge_steps + 1)
     began = time.monotonic()
-    log = (out / "metrics.jsonl").open("a") if main else None
-    with interrupts() as interrupted, _meter(reporter, main, config.steps, start) as meter:
+    with interrupts() as interrupted, reporter.progress("distilling", config.steps, "step", start) as meter:
         for step in steps:
-            k, now = step.k + 1, spent + time.monotonic() - began
+            k, seconds = step.k + 1, spent + time.monotonic() - began
             losses = {"bridge_loss": step.bridge_loss, "student_loss": step.student_loss}
-            if log:
-                extra = config.bridge_warmup * config.batch_size
-                line = {
-                    "step": k, **losses, "lr": theta.schedule(step.k, config.steps), "images": k * images + extra,
-                    "seconds": now, "images_per_second": (k * images + extra) / now, "peak_memory_bytes": peak_memory(),
-                }  # fmt: skip
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-            meter.advance(1, **{name: f"{v:.4f}" for name, v in losses.items()}, images_s=f"{k * images / now:.0f}")
+            done = {"images": warmup + k * images, "seconds": seconds}
+            rate = done["images"] / seconds
+            meter.advance(1, **{name: f"{v:.4f}" for name, v in losses.items()}, images_per_second=f"{rate:.0f}")
             stop = _agreed(accelerator, interrupted)
+            if main:
+                run.log(
+                    {"step": k, **losses, "lr": theta.schedule(step.k, config.steps), **done}
+                    | {"images_per_second": rate, "peak_memory_bytes": peak_memory()}
+                )
             if preview and (k % config.preview_every == 0 or k == config.steps):
                 preview.save(out / "previews" / f"step-{k:06d}.png", student, theta.averaged())
             if stop or k % config.checkpoint_every == 0 or k == config.steps:
                 if main:
-                    run.save(k, now)
+                    run.save(k, seconds)
                 accelerator.wait_for_everyone()
             if stop and k < config.steps:
                 reporter.note(f"interrupted after step {k}; the same command continues from here")
@@ -248,6 +250,11 @@ class Run:
             for file in sorted(old.iterdir(), reverse=True):
                 file.unlink()
             old.rmdir()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append a line to `metrics.jsonl`."""
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def checkpoints(self) -> list[Path]:
         """Return the folders of the checkpoints, newest first."""
@@ -355,12 +362,3 @@ def _agreed(accelerator: Accelerator, interrupted: list[int]) -> bool:
     if accelerator.num_processes == 1:
         return bool(interrupted)
     return bool(accelerator.reduce(torch.tensor(float(bool(interrupted)), device=accelerator.device)) > 0)
-
-
-@contextmanager
-def _meter(reporter: Reporter, main: bool, steps: int, start: int) -> Iterator[Meter]:
-    if main:
-        with reporter.progress("distilling", steps, "step", start) as meter:
-            yield meter
-    else:
-        yield Meter()

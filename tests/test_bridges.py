@@ -41,7 +41,7 @@ def both_ends(bridge):
     return t_min[None], T[None]
 
 
-# --- end points --------------------------------------------------------------------------------------------------
+# --- end points --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bridge", EXACT, ids=label)
@@ -67,7 +67,7 @@ def test_target_end_tends_to_x_0(bridge):
     assert (c[1:-1] > 0).all()
 
 
-# teachers.md §3.2, §3.3: 8 printed decimals, so the bound is half a unit of the last. β_n is printed to 10 decimals.
+# teachers.md §3.2, §3.3: 8 printed decimals, so the bound is half a unit of the last.
 I2SB_GOLDEN = {
     0.3: [
         # n, β_n, std_fwd, std_bwd, mu_x0, mu_x1, std_sb
@@ -203,7 +203,7 @@ def test_continuous_c_noise_is_a_quarter_of_the_logarithm(bridge):
     assert torch.isfinite(bridge.c_noise(torch.zeros(1)))  # the 1e-44 of the published code
 
 
-# --- parity with the published code -------------------------------------------------------------------------------
+# --- parity with the published code ------------------------------------------------------------------------
 
 FAMILIES = {
     "ddbm_vp": VP,
@@ -219,8 +219,8 @@ FAMILIES = {
 def test_coefficients_equal_the_published_ones(family):
     out, bridge = outputs(family), FAMILIES[family]
     t = out["coef.n"] if "coef.n" in out else out["coef.t"]
-    # Relative to the largest value (c of VE goes up to 35). A float64 reference (DBIM) agrees to rounding; DDBM works
-    # in float32 and cancels near T (5e-6 measured); I2SB stores float32 tables.
+    # Relative to the largest value (c of VE goes up to 35). A float64 reference (DBIM) agrees to rounding; DDBM
+    # works in float32 and cancels near T (5e-6 measured); I2SB stores float32 tables.
     bound = {"ddbm": 1e-5, "i2sb": 1e-7, "dbim": 1e-12}[family[:4]]
     for key, value in zip("abc", bridge.coefficients(t), strict=True):
         reference = out[f"coef.{key}"].double()
@@ -261,7 +261,7 @@ def centre_mask(shape):
     return mask
 
 
-# --- the two textbook forms ---------------------------------------------------------------------------------------
+# --- the two textbook forms --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bridge", EXACT, ids=label)
@@ -324,7 +324,7 @@ def test_vp_and_ve_are_one_bridge_in_other_units():
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-# --- laws -----------------------------------------------------------------------------------------------------------
+# --- laws --------------------------------------------------------------------------------------------------
 
 
 def affine(f, n_inputs, size):
@@ -448,7 +448,7 @@ def test_noise_free_bridge_ignores_eps():
     assert torch.equal(ODE.alpha_rho(t)[1], noisy.alpha_rho(t)[1])
 
 
-# --- times, JSON ------------------------------------------------------------------------------------------------------
+# --- times, JSON -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bridge", ALL, ids=label)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ibmd_cli.bridges import VPBridge
 from ibmd_cli.distillation import Setup, Sources, bridge_loss
+from ibmd_cli.metrics import energy_score
 from ibmd_cli.networks import Preconditioning, Predictor, UNetConfig
 from ibmd_cli.noise import stream
 from ibmd_cli.optimisation import Player, Schedule
 from ibmd_cli.samplers import sample_dbim
-from ibmd_cli.scores import energy_score
 
 NETWORK = UNetConfig(
     in_channels=6,

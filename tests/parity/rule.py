@@ -1,4 +1,4 @@
-"""Weights and inputs of the parity sets, computed from their names by a rule; stored outputs. See README.md."""
+"""Weights and inputs of the parity sets, computed by a rule, and the stored outputs. See README.md."""
 
 import gzip
 import json

@@ -1,0 +1,29 @@
+"""The devices that networks run on."""
+
+import re
+
+import torch
+
+from ibmd_cli.errors import UsageError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `--device` names.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto`: the first of cuda, mps and cpu that is there.
+
+    Raises:
+        UsageError: the name is none of these, or this machine has no such device.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+        raise UsageError(f"--device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
+    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= cuda:
+        raise UsageError(f"--device {name}: PyTorch sees {cuda or 'no'} CUDA device{'s' * (cuda > 1)}; use auto or cpu")
+    if device.type == "mps" and not mps:
+        raise UsageError("--device mps: PyTorch sees no Apple GPU; use auto or cpu")
+    return device

@@ -1,0 +1,109 @@
+"""Model folders: round trips, and refusals that name what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ibmd_cli.distillation import Sources
+from ibmd_cli.errors import IbmdError, NotAvailable
+from ibmd_cli.models import assets, builtin_names, load_model, save_model
+from ibmd_cli.noise import stream
+
+
+def edit(folder: Path, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_round_trip_is_exact(tiny_teacher: Path, tmp_path: Path):
+    teacher = load_model(str(tiny_teacher), "teacher")
+    save_model(teacher, tmp_path / "copy")
+    again = load_model(str(tmp_path / "copy"), "teacher")
+    x_T = torch.rand(2, 3, 16, 16)
+    assert again.config == teacher.config
+    draws = [model.translate(Sources(x_T), stream(0), nfe=3) for model in (teacher, again)]
+    assert torch.equal(*draws)
+
+
+def test_saving_replaces_a_folder_whole(tiny_teacher: Path):
+    teacher = load_model(str(tiny_teacher))
+    (tiny_teacher / "stray").touch()
+    save_model(teacher, tiny_teacher)
+    assert sorted(f.name for f in tiny_teacher.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert [f.name for f in tiny_teacher.parent.iterdir() if f.name.startswith(".")] == []
+
+
+def test_failed_save_leaves_the_old_folder(tiny_teacher: Path):
+    teacher = load_model(str(tiny_teacher))
+    before = (tiny_teacher / "model.safetensors").read_bytes()
+    teacher.config["licence"] = object()  # cannot be written as JSON
+    with pytest.raises(TypeError):
+        save_model(teacher, tiny_teacher)
+    assert (tiny_teacher / "model.safetensors").read_bytes() == before
+    assert [f.name for f in tiny_teacher.parent.iterdir() if f.name.startswith(".")] == []
+
+
+def test_newer_format_is_refused(tiny_teacher: Path):
+    edit(tiny_teacher, format_version=99, ibmd_version="9.9")
+    with pytest.raises(IbmdError, match=r"format_version 99, written by ibmd 9\.9.*pip install -U"):
+        load_model(str(tiny_teacher))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("backbone.out.2.bias"), r"backbone\.out\.2\.bias \(missing\)"),
+        (lambda t: t.update(stray=torch.zeros(1)), r"stray \(extra\)"),
+        (lambda t: t.update({"backbone.out.2.bias": torch.zeros(5)}), r"\[5\], expected \[3\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_listed(tiny_teacher: Path, change, message: str):
+    tensors = load_file(tiny_teacher / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tiny_teacher / "model.safetensors")
+    with pytest.raises(IbmdError, match=message):
+        load_model(str(tiny_teacher))
+
+
+def test_truncated_weights_and_bad_json_are_named(tiny_teacher: Path):
+    file = tiny_teacher / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(IbmdError, match="cannot be read as safetensors"):
+        load_model(str(tiny_teacher))
+    (tiny_teacher / "config.json").write_text("{")
+    with pytest.raises(IbmdError, match="cannot be read as JSON"):
+        load_model(str(tiny_teacher))
+
+
+def test_unknown_reference_names_the_nearest():
+    with pytest.raises(NotAvailable, match="builtin:outline2emoji"):
+        load_model("builtin:outline2emojy")
+    with pytest.raises(NotAvailable, match="builtin:outline2emoji"):
+        load_model("no/such/folder", "student")
+
+
+def test_teacher_where_a_student_is_needed(tiny_teacher: Path):
+    with pytest.raises(IbmdError, match="a teacher, where a student is needed"):
+        load_model(str(tiny_teacher), "student")
+
+
+def test_folder_without_a_model(tmp_path: Path):
+    with pytest.raises(NotAvailable, match=r"expected config\.json and model\.safetensors"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_embedded_models_load(kind: str):
+    assert "outline2emoji" in builtin_names()
+    assert load_model("builtin:outline2emoji", kind).image_size == 32
+
+
+def test_embedded_assets_are_small_and_attributed():
+    folder = assets() / "outline2emoji"
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 25e6
+    assert "CC BY-SA 4.0" in (folder / "LICENSE.md").read_text()
+    for kind in ("teacher", "student"):
+        assert load_model("builtin:outline2emoji", kind).config["licence"] == "CC-BY-SA-4.0"
