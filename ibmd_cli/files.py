@@ -12,7 +12,7 @@ from pathlib import Path
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give the path of a temporary file in the same folder, which becomes `path` if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}")
     os.close(handle)
     new = Path(name)
     try:

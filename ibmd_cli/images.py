@@ -39,7 +39,7 @@ WRITABLE: dict[str, tuple[str, dict[str, Any]]] = {
     ".tif": ("TIFF", {"compression": "tiff_deflate"}),
     ".tiff": ("TIFF", {"compression": "tiff_deflate"}),
     ".bmp": ("BMP", {}),
-    ".avif": ("AVIF", {"quality": 90}),
+    ".avif": ("AVIF", {"quality": 90, "subsampling": "4:4:4"}),
 }
 """Ending of a name → format that is written to it, and its options."""
 WRITTEN = re.compile(r"\.ibmd(\.\d+)?\.png$")
@@ -114,9 +114,10 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise IbmdError(f"{name}: cannot be opened ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise IbmdError(f"{name}: not a regular file: expected an image (a pipe is read with --input -)")
     with os.fdopen(handle, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise IbmdError(f"{name}: not a regular file: expected an image (a pipe is read with --input -)")
         return decode(stream, name, max_pixels)
 
 

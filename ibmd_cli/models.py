@@ -123,7 +123,11 @@ def save_model(model: Model, folder: Path, *, dtype: str = "fp32", card: str | N
 def save_weights(model: Model, file: Path, dtype: str) -> None:
     """Write the weights as safetensors, with the configuration as metadata."""
     tensors = {key: v.detach().to("cpu", DTYPES[dtype]).contiguous() for key, v in model.predictor.state_dict().items()}
-    save_file(tensors, file, metadata={"format": "pt", "ibmd": json.dumps(model.config, ensure_ascii=False)})
+    try:
+        save_file(tensors, file, metadata={"format": "pt", "ibmd": json.dumps(model.config, ensure_ascii=False)})
+    except SafetensorError as error:
+        raise IbmdError(f"{file}: cannot be written ({error}): is the disk full?") from error
+    file.chmod(0o644)  # safetensors writes for the owner alone
 
 
 def load_model(reference: str, kind: str | None = None) -> Teacher | Student:

@@ -116,7 +116,7 @@ class AttentionBlock(nn.Module):
 class _Block(nn.Sequential):
     """A row of layers of which the residual blocks also take the time embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             x = layer(x) if isinstance(layer, nn.Conv2d) else layer(x, emb)
         return x
@@ -338,7 +338,7 @@ class Predictor(nn.Module):
 
 def make_predictor(config: dict[str, Any]) -> Predictor:
     """Build a predictor (with fresh weights) from its JSON form (`Predictor.to_dict`)."""
-    network = {key: tuple(v) if isinstance(v, list) else v for key, v in config["network"].items()}
+    network: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
     model = Predictor(
         UNetConfig(**network),
         make_bridge(config["bridge"]),
@@ -346,4 +346,4 @@ def make_predictor(config: dict[str, Any]) -> Predictor:
         conditional=config["conditional"],
         noise_channels=config["noise_channels"],
     )
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

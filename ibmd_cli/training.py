@@ -85,10 +85,6 @@ def distill(
     )
     main = accelerator.is_main_process
     reporter = reporter if main else Reporter(quiet=True)
-    where = f"{accelerator.device}" + (f" × {accelerator.num_processes}" if accelerator.num_processes > 1 else "")
-    reporter.note(f"distilling {config.teacher} into {out} on {where}")
-    if accelerator.num_processes == 1 and torch.cuda.device_count() > 1 and device.type == "cuda":
-        reporter.note(f"{torch.cuda.device_count()} GPUs are here and one is used; --processes all uses them all")
     share, rest = divmod(config.batch_size, accelerator.num_processes)
     micro_batch = config.micro_batch or share
     if rest or share % micro_batch:
@@ -103,6 +99,10 @@ def distill(
         open_run(out, config, origins, resume, accelerator.num_processes)
     accelerator.wait_for_everyone()
 
+    where = f"{accelerator.device}" + (f" × {accelerator.num_processes}" if accelerator.num_processes > 1 else "")
+    reporter.note(f"distilling {config.teacher} into {out} on {where}")
+    if accelerator.num_processes == 1 and torch.cuda.device_count() > 1 and device.type == "cuda":
+        reporter.note(f"{torch.cuda.device_count()} GPUs are here and one is used; --processes all uses them all")
     torch.manual_seed(config.seed)
     teacher.to(accelerator.device).predictor.requires_grad_(False)
     bridge_model = copy.deepcopy(teacher.predictor).requires_grad_(True)

@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ibmd_cli"
 LAYERS = (
-    ("errors", "files", "noise", "reporting"),
-    ("bridges", "config", "devices", "images"),
+    ("errors", "figures", "files", "noise", "reporting"),
+    ("bridges", "config", "devices", "images", "launching"),
     ("jobs", "networks"),
     ("distillation",),
     ("samplers",),

@@ -117,9 +117,8 @@ def test_i2sb_golden_table(beta_max, row):
     a, b, c = bridge.coefficients(torch.tensor([n]))
     alpha, rho = bridge.alpha_rho(torch.tensor([n]))
     assert alpha.item() == 1
-    assert [rho.item(), b.item(), a.item(), c.item()] == pytest.approx(
-        [std_fwd, mu_x0, mu_x1, std_sb], abs=5.1e-9
-    )
+    got = [v.item() for v in (rho, b, a, c)]
+    assert got == pytest.approx([std_fwd, mu_x0, mu_x1, std_sb], abs=5.1e-9)
     assert bridge._tables.std_bwd[n].item() == pytest.approx(std_bwd, abs=5.1e-9)
     D = std_fwd**2 + std_bwd**2  # is Σβ + β_n, because both sums include β_n
     assert pytest.approx(SUM_BETA[beta_max], abs=1e-8) == D - beta
@@ -132,9 +131,7 @@ def test_i2sb_tables_are_cumulative_sums_of_the_mirrored_ramp(beta_max):
     n = torch.arange(1000)
     bridge = I2SBBridge(beta_max=beta_max)
     rho = bridge.alpha_rho(n)[1]
-    assert math.fsum(beta) == pytest.approx(
-        SUM_BETA[beta_max], rel=1e-8
-    )  # the reference's sum is of float32 β
+    assert math.fsum(beta) == pytest.approx(SUM_BETA[beta_max], rel=1e-8)  # the reference sums float32 β
     forward = [math.fsum(beta[: i + 1]) for i in range(1000)]
     backward = [math.fsum(beta[i:]) for i in range(1000)]
     total = math.fsum(beta)
@@ -219,8 +216,8 @@ FAMILIES = {
 def test_coefficients_equal_the_published_ones(family):
     out, bridge = outputs(family), FAMILIES[family]
     t = out["coef.n"] if "coef.n" in out else out["coef.t"]
-    # Relative to the largest value (c of VE goes up to 35). A float64 reference (DBIM) agrees to rounding; DDBM
-    # works in float32 and cancels near T (5e-6 measured); I2SB stores float32 tables.
+    # Relative to the largest value (c of VE goes up to 35). A float64 reference (DBIM) agrees to rounding;
+    # DDBM works in float32 and cancels near T (5e-6 measured); I2SB stores float32 tables.
     bound = {"ddbm": 1e-5, "i2sb": 1e-7, "dbim": 1e-12}[family[:4]]
     for key, value in zip("abc", bridge.coefficients(t), strict=True):
         reference = out[f"coef.{key}"].double()
@@ -467,9 +464,9 @@ def test_time_covers_the_range(bridge):
     else:
         assert t.dtype == torch.float32
         steps = -t.double().diff()
-        torch.testing.assert_close(
-            steps, torch.full_like(steps, (bridge.T - bridge.t_min) / 4000), rtol=1e-3, atol=0
-        )
+        # Uniform; times are float32.
+        step = torch.full_like(steps, (bridge.T - bridge.t_min) / 4000)
+        torch.testing.assert_close(steps, step, rtol=1e-3, atol=0)
 
 
 def test_i2sb_time_near_one():
@@ -478,9 +475,7 @@ def test_i2sb_time_near_one():
     assert SDE.time(torch.ones(1)).item() == 0  # a float32 u may round to 1
 
 
-@pytest.mark.parametrize(
-    "bridge", [*ALL, I2SBBridge(n_steps=16), DBIMBridge(beta_max=0.5, n_steps=50)], ids=label
-)
+@pytest.mark.parametrize("bridge", [*ALL, I2SBBridge(n_steps=16), DBIMBridge(0.5, 50)], ids=label)
 def test_json_round_trip(bridge):
     config = json.loads(json.dumps(bridge.to_dict()))
     again = make_bridge(config)

@@ -75,9 +75,7 @@ class Optimum(nn.Module):
         if self.conditional:
             # x_0 | x_T ~ N(s x_T + m, τ²) is observed through x_t − a x_T = b x_0 + c ε.
             variance = b**2 * tau**2 + c**2
-            p = torch.where(
-                variance > 0, b * tau**2 / variance.clamp(min=1e-300), 0.0
-            )  # nothing is seen at T
+            p = b * tau**2 / torch.where(variance > 0, variance, 1.0)  # at T nothing is seen: b = c = 0
             return p, s - p * (a + b * s), m * (1 - p * b)
         # Jointly Gaussian: x_t = a x_T + b x_0 + c ε, Var x_0 = s² + τ², Cov(x_0, x_T) = s.
         v0 = s**2 + tau**2
@@ -111,7 +109,7 @@ CASE_IDS = [f"{bridge.kind}-{'conditional' if c else 'unconditional'}" for bridg
 
 @pytest.mark.parametrize(("bridge", "conditional"), CASES, ids=CASE_IDS)
 def test_closed_form_is_the_conditional_mean(bridge, conditional):
-    """Its residual is uncorrelated with all that it sees: for Gaussians, that makes it the conditional mean."""
+    """Its residual is uncorrelated with what it sees, which for Gaussians makes it the conditional mean."""
     s, m, tau = STAR
     t = bridge.time(torch.linspace(0, 0.99, 12))
     a, b, c = bridge.coefficients(t)
@@ -287,8 +285,8 @@ def test_student_gradient_is_that_of_the_loss(name, masked):
         expected = finite_differences(setup, batch, [place])
         assert (expected[:2].abs() > 1e-3).all()
         loss, gradient = single_graph(setup, batch, [place])
-        # Central differences of step 1e-6: an error of h² from curvature and 1e-16/h from rounding, so 1e-9 for
-        # values of order 1.
+        # Central differences with h = 1e-6: errors of h² from curvature and of 1e-16/h from rounding, so 1e-9
+        # for values of order 1.
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
         for recompute in (False, True):
             teacher, phi, student = toys()
@@ -476,6 +474,12 @@ def test_loop_makes_L_bridge_steps_before_each_student_step():
     assert all(isinstance(step, Step) and step.bridge_loss > 0 for step in yielded)
 
 
+def test_loop_hands_recompute_on():
+    for recompute, calls in ((False, 2), (True, 3)):  # one for φ, one or two for θ
+        (_, _, student), _, _ = run(GRIDS["one-step"], steps=1, L=1, recompute=recompute)
+        assert len(student.calls) == calls
+
+
 def test_bridge_warm_up_comes_once_and_first():
     expected = [("phi", l) for l in range(7)] + [("theta", 0)]  # noqa: E741
     expected += [("phi", 7), ("phi", 8), ("theta", 1), ("phi", 9), ("phi", 10), ("theta", 2)]
@@ -609,8 +613,8 @@ def table(bridge, conditional):
 ONE_STEP = {  # setup's bridge, conditional, bridge model, student iterations
     "i2sb-unconditional": (I2SB, False, table, 400),
     "dbim-conditional": (DBIM, True, table, 500),
-    "vp-conditional": (VP, True, lambda *_: Optimum(Coupling(*STAR), VP, True), 500),
-    "vp-unconditional": (VP, False, lambda *_: Optimum(Coupling(*STAR), VP, False), 500),
+    "vp-conditional": (VP, True, lambda *_: Optimum(Coupling(*STAR), VP, True), 400),
+    "vp-unconditional": (VP, False, lambda *_: Optimum(Coupling(*STAR), VP, False), 400),
 }
 
 
@@ -631,7 +635,7 @@ def test_two_step_chain_recovers_the_coupling():
     """App. B.1: the end of the chain has the teacher's coupling."""
     setup = gaussian_setup(I2SB, timesteps=(11, 5), rollout="chain", transition="posterior")
     student = CallableAtTimes(setup.timesteps)
-    play(student, table(I2SB, False), star(I2SB, False), setup, 600)
+    play(student, table(I2SB, False), star(I2SB, False), setup, 400)
     assert measured(student, setup) == pytest.approx(STAR, abs=0.03)
 
 
@@ -747,7 +751,7 @@ def test_time_density(bridge, power):
     v = (bridge.T - t.double()) / (bridge.T - bridge.t_min)
     levels = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     empirical = (v[:, None] <= levels).double().mean(0)
-    # Kolmogorov: 2/√n = 0.009 is exceeded with probability 7e-4. One integer step of 1000 adds at most 0.0025.
+    # Kolmogorov: 2/√n = 0.009 is exceeded with probability 7e-4. One integer step of 1000 adds ≤ 0.0025.
     slack = 0.0025 if bridge.kind == "i2sb" else 0
     assert (empirical - levels ** (1 / power)).abs().max() < 0.009 + slack
     assert abs(eps.mean().item()) < 0.02  # four standard errors
