@@ -346,4 +346,4 @@ def make_predictor(config: dict[str, Any]) -> Predictor:
         conditional=config["conditional"],
         noise_channels=config["noise_channels"],
     )
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
