@@ -72,6 +72,7 @@ def distill(
     ema: Annotated[float | None, typer.Option(help="Decay of the student's average.")] = None,
     noise: Annotated[bool | None, typer.Option("--noise/--no-noise", help="Whether the student takes noise z.")] = None,
     noise_grid: Annotated[int | None, typer.Option(help="Side of z; 0: one number per pixel.")] = None,
+    noise_init: Annotated[float | None, typer.Option(help="Deviation of the new weights for z at the start.")] = None,
     t_power: Annotated[float | None, typer.Option(help="1: uniform times; more: nearer to T.")] = None,
     recompute: Annotated[
         bool | None, typer.Option("--recompute/--no-recompute", help="Less memory, more time.")

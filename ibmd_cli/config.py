@@ -40,6 +40,8 @@ class DistillConfig:
         noise: whether the student takes noise z.
         noise_channels: channels of z.
         noise_grid: side of z, enlarged to the image by repetition; 0 means one number per pixel, as in the paper.
+        noise_init: deviation of the new weights for z. Differs from the paper (0, the default): a small number breaks
+            the symmetry between all z at once, which saves the first updates.
         t_power: t = T − (T − t_min) u^t_power; 1 is uniform, as in the paper; more draws t towards T.
         flip: mirror sources at random.
         recompute: run the student twice rather than keep its graph: less memory, more time.
@@ -69,6 +71,7 @@ class DistillConfig:
     noise: bool = True
     noise_channels: int = 3
     noise_grid: int = 0
+    noise_init: float = 0.0
     t_power: float = 1.0
     flip: bool = True
     recompute: bool = True
@@ -96,7 +99,7 @@ class DistillConfig:
 LEAST = {
     **dict.fromkeys(["nfe", "steps", "bridge_steps", "batch_size", "noise_channels"], 1),
     **dict.fromkeys(["checkpoint_every", "preview_every", "keep"], 1),
-    **dict.fromkeys(["bridge_warmup", "micro_batch", "lr_warmup", "noise_grid", "clip", "seed"], 0),
+    **dict.fromkeys(["bridge_warmup", "micro_batch", "lr_warmup", "noise_grid", "noise_init", "clip", "seed"], 0),
 }
 CHOICES = {"lr_decay": ("none", "linear", "cosine"), "precision": ("fp32", "bf16", "fp16")}
 MAY_CHANGE = ("micro_batch", "recompute", "checkpointing", "checkpoint_every", "preview_every", "keep")

@@ -12,7 +12,7 @@ from pathlib import Path
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give the path of a temporary file in the same folder, which becomes `path` if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".ibmd-", suffix=f".tmp{path.suffix}")
     os.close(handle)
     new = Path(name)
     try:
@@ -29,7 +29,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, which takes its place if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=".ibmd-", suffix=".tmp"))
     old = new.with_suffix(".old")
     try:
         yield new

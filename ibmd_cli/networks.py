@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ibmd_cli.bridges import Bridge, expand_to, make_bridge
+from ibmd_cli.noise import randn, stream
 
 
 @dataclass(frozen=True)
@@ -309,8 +310,14 @@ class Predictor(nn.Module):
         """Return λ(t) = 1/c_out(t)², the teachers' own weighting of ‖x̂_0 − x_0‖², float64 (B,)."""
         return self.preconditioning(self.bridge, t)[2] ** -2
 
-    def widen(self, noise_channels: int) -> "Predictor":
-        """Return a copy that also takes z, with zero weights for it: its output does not depend on z yet.
+    def widen(self, noise_channels: int, init: float = 0.0, rng: torch.Generator | None = None) -> "Predictor":
+        """Return a copy that also takes z.
+
+        Args:
+            noise_channels: channels of z.
+            init: deviation of the new weights. 0, as in the paper: the copy computes what this predictor does, for
+                any z.
+            rng: random stream of the new weights.
 
         Source: arXiv:2502.01362v2, App. B.
         """
@@ -320,8 +327,9 @@ class Predictor(nn.Module):
         wide = make_predictor(settings)
         state = self.state_dict()
         name = "backbone.input_blocks.0.0.weight"
-        extra = noise_channels * self.backbone.config.patch_size**2
-        state[name] = F.pad(state[name], (0, 0, 0, 0, 0, extra))
+        c_out, _, *kernel = state[name].shape
+        new = init * randn((c_out, noise_channels * self.backbone.config.patch_size**2, *kernel), rng or stream(0))
+        state[name] = torch.cat([state[name], new.to(state[name])], dim=1)
         wide.load_state_dict(state)
         return wide.train(self.training)
 

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -173,7 +174,10 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
     """Make a student of the teacher's weights, with zero weights for z (arXiv:2502.01362v2, App. B)."""
     bridge = teacher.predictor.bridge
     channels = config.noise_channels if config.noise else 0
-    predictor = teacher.predictor.widen(channels) if channels else copy.deepcopy(teacher.predictor)
+    rng = stream(config.seed, "noise weights")
+    predictor = copy.deepcopy(teacher.predictor)
+    if channels:
+        predictor = predictor.widen(channels, config.noise_init, rng)
     fractions = torch.arange(config.nfe, dtype=torch.float64) / config.nfe
     chained = bridge.to_dict()["kind"] == "i2sb"
     shared = ("network", "bridge", "preconditioning", "conditional", "noise_channels")
@@ -240,16 +244,21 @@ class Run:
         """Write `checkpoints/step-NNNNNN` and `student/`, each whole or not at all, and drop the oldest ones."""
         folder = self.out / "checkpoints" / f"step-{step:06d}"
         with atomic_folder(folder) as new:
-            torch.save({name: player.state_dict() for name, player in self.players.items()}, new / "state.pt")
+            try:
+                torch.save({name: player.state_dict() for name, player in self.players.items()}, new / "state.pt")
+            except RuntimeError as error:  # what torch makes of an OSError
+                free = shutil.disk_usage(self.out).free / 2**20
+                raise IbmdError(
+                    f"{folder}: cannot be written, {free:.0f} MiB are free there: free some space and run the same "
+                    "command again; the checkpoint before it is intact"
+                ) from error
             progress = {"step": step, "seconds": seconds, "sha256": sha256(new / "state.pt")}
             (new / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
         config = {**self.student.config, "training": {**self.student.config["training"], "step": step}}
         averaged = Student(self.players["student"].averaged(), config)  # type: ignore[arg-type]
         save_model(averaged, self.out / "student", card=student_card(averaged))
         for old in self.checkpoints()[self.keep :]:
-            for file in sorted(old.iterdir(), reverse=True):
-                file.unlink()
-            old.rmdir()
+            shutil.rmtree(old)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""

@@ -67,3 +67,16 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path):
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path: Path, tiny_teacher: Path, drawings: Path):
+    settings = ["--steps", "4", "--bridge-steps", "1", "--batch-size", "2", "--checkpoint-every", "1", "--quiet"]
+    arguments = ["distill", "--teacher", tiny_teacher, "--data", drawings, "--out", tmp_path / "run", *settings]
+    code = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import ibmd_cli.training; " + LIMITED
+    code = code.replace("100_000", "500_000") + "from ibmd_cli.cli import main; main()"
+    done = ibmd(*arguments, code=code)
+    assert done.returncode == 1
+    assert "step-000001: cannot be written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert ibmd(*arguments).returncode == 0

@@ -317,8 +317,10 @@ def test_chain_runs_all_steps_with_a_graph():
         rollout(student, setup, batch, stream(6, i))
         assert len(student.calls) == 3
         assert [call[0].requires_grad for call in student.calls] == [False, True, True]
+    student.calls.clear()
     with torch.no_grad():
         assert not rollout(student, setup, batch, stream(6)).requires_grad
+    assert not any(call[0].requires_grad for call in student.calls)  # and no graph on the way
 
 
 @dataclasses.dataclass(frozen=True)
