@@ -43,6 +43,7 @@ class DistillConfig:
         noise_init: deviation of the new weights for z. Differs from the paper (0, the default): a small number breaks
             the symmetry between all z at once, which saves the first updates.
         t_power: t = T − (T − t_min) u^t_power; 1 is uniform, as in the paper; more draws t towards T.
+        weight_power: λ(t) = c_out(t)^−weight_power; 2 is the teacher's own weighting, 0 weighs all times alike.
         flip: mirror sources at random.
         recompute: run the student twice rather than keep its graph: less memory, more time.
         checkpointing: activation checkpointing inside the networks: less memory, more time.
@@ -73,6 +74,7 @@ class DistillConfig:
     noise_grid: int = 0
     noise_init: float = 0.0
     t_power: float = 1.0
+    weight_power: float = 2.0
     flip: bool = True
     recompute: bool = True
     checkpointing: bool = False
@@ -99,7 +101,9 @@ class DistillConfig:
 LEAST = {
     **dict.fromkeys(["nfe", "steps", "bridge_steps", "batch_size", "noise_channels"], 1),
     **dict.fromkeys(["checkpoint_every", "preview_every", "keep"], 1),
-    **dict.fromkeys(["bridge_warmup", "micro_batch", "lr_warmup", "noise_grid", "noise_init", "clip", "seed"], 0),
+    **dict.fromkeys(
+        ["bridge_warmup", "micro_batch", "lr_warmup", "noise_grid", "noise_init", "weight_power", "clip", "seed"], 0
+    ),
 }
 CHOICES = {"lr_decay": ("none", "linear", "cosine"), "precision": ("fp32", "bf16", "fp16")}
 MAY_CHANGE = ("micro_batch", "recompute", "checkpointing", "checkpoint_every", "preview_every", "keep")

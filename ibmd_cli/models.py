@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,14 @@ class Student(Model):
         return x_0.clamp(-1, 1)
 
 
-def make_setup(predictor: Predictor, sampling: dict[str, Any], t_power: float = 1.0) -> Setup:
+def make_setup(
+    predictor: Predictor, sampling: dict[str, Any], t_power: float = 1.0, weight_power: float = 2.0
+) -> Setup:
     """Build a `Setup` from a predictor and the section `sampling` of a student's configuration."""
     noise = sampling["noise"]
     return Setup(
         bridge=predictor.bridge,
-        weight=predictor.weight,
+        weight=partial(predictor.weight, power=weight_power),
         timesteps=tuple(sampling["timesteps"]),
         noise_shape=(noise["channels"], noise["grid"], noise["grid"]) if noise["channels"] else None,
         t_power=t_power,

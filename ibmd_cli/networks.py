@@ -306,9 +306,9 @@ class Predictor(nn.Module):
         x = torch.cat(inputs, dim=1).contiguous(memory_format=torch.channels_last)
         return c_skip * x_t + c_out * self.backbone(x, self.bridge.c_noise(t), label).to(x_t.dtype)
 
-    def weight(self, t: Tensor) -> Tensor:
-        """Return λ(t) = 1/c_out(t)², the teachers' own weighting of ‖x̂_0 − x_0‖², float64 (B,)."""
-        return self.preconditioning(self.bridge, t)[2] ** -2
+    def weight(self, t: Tensor, power: float = 2.0) -> Tensor:
+        """Return λ(t) = c_out(t)^−power, float64 (B,); 2 is the teachers' own weighting of ‖x̂_0 − x_0‖²."""
+        return self.preconditioning(self.bridge, t)[2].abs() ** -power
 
     def widen(self, noise_channels: int, init: float = 0.0, rng: torch.Generator | None = None) -> "Predictor":
         """Return a copy that also takes z.

@@ -81,14 +81,30 @@ class Meter:
         """Report `n` units done, and values to show beside them."""
 
 
+class _Rate:
+    """Units per second since the first of them was done, so that preparations do not count."""
+
+    def __init__(self) -> None:
+        self.began = self.first = time.monotonic()
+        self.count = self.first_count = 0
+
+    def add(self, n: int) -> float:
+        now = time.monotonic()
+        if self.count == 0:
+            self.first, self.first_count = now, n
+        self.count += n
+        if self.count > self.first_count:
+            return (self.count - self.first_count) / max(1e-9, now - self.first)
+        return self.count / max(1e-9, now - self.began)
+
+
 class _BarMeter(Meter):
     def __init__(self, bar: Progress, what: str, total: int, unit: str, done: int) -> None:
-        self.bar, self.unit, self.count, self.began = bar, unit, 0, time.monotonic()
+        self.bar, self.unit, self.rate = bar, unit, _Rate()
         self.task = bar.add_task(what, total=total, completed=done, rate="", details="")
 
     def advance(self, n: int = 1, **details: Any) -> None:
-        self.count += n
-        rate = f"{self.count / max(1e-9, time.monotonic() - self.began):.3g} {self.unit}/s"
+        rate = f"{self.rate.add(n):.3g} {self.unit}/s"
         self.bar.update(self.task, advance=n, rate=rate, details=_join(details))
 
 
@@ -96,21 +112,19 @@ class _PlainMeter(Meter):
     SECONDS = 5.0
 
     def __init__(self, reporter: Reporter, what: str, total: int, unit: str, done: int) -> None:
-        self.reporter, self.what, self.total, self.unit = reporter, what, total, unit
-        self.done, self.count = done, 0
-        self.began = self.shown = time.monotonic()
+        self.reporter, self.what, self.total, self.unit, self.done = reporter, what, total, unit, done
+        self.rate, self.shown = _Rate(), time.monotonic()
 
     def advance(self, n: int = 1, **details: Any) -> None:
-        self.count += n
+        self.done += n
+        rate = self.rate.add(n)
         now = time.monotonic()
-        finished = self.done + self.count >= self.total
-        if now - self.shown < self.SECONDS and not finished:
+        if now - self.shown < self.SECONDS and self.done < self.total:
             return
         self.shown = now
-        rate = self.count / max(1e-9, now - self.began)
-        left = (self.total - self.done - self.count) / rate
+        left = (self.total - self.done) / rate
         self.reporter.note(
-            f"{self.what} {self.done + self.count}/{self.total}  {rate:.3g} {self.unit}/s  {_join(details)}  "
+            f"{self.what} {self.done}/{self.total}  {rate:.3g} {self.unit}/s  {_join(details)}  "
             f"ETA {int(left // 60)}:{int(left % 60):02d}"
         )
 

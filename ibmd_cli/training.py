@@ -133,7 +133,7 @@ def distill(
     def draw(rng: torch.Generator) -> Sources:
         return Sources(sources.batch(micro_batch, rng, flip=config.flip).to(accelerator.device))
 
-    setup = make_setup(student.predictor, student.config["sampling"], config.t_power)
+    setup = make_setup(student.predictor, student.config["sampling"], config.t_power, config.weight_power)
     preview = Preview(sources, teacher, config.seed, accelerator.device) if main else None
     if preview and start == 0:
         preview.save(out / "previews" / "step-000000.png", student, theta.averaged())

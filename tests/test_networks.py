@@ -151,11 +151,13 @@ def test_preconditioning_and_weight_equal_the_published_ones(models, family):
         # TOLERANCES.md: DDBM's float32 c_in cancels at t = 79.999 of VE.
         bound = 2e-4 if (family, key) == ("ddbm_ve", "c_in") else 1e-5
         assert error(value, out[f"coef.{key}"].double()) < bound, key
-    assert torch.equal(model.bridge.c_noise(t), out["coef.c_noise"])
+    torch.testing.assert_close(model.bridge.c_noise(t), out["coef.c_noise"], rtol=2e-7, atol=0)  # one bit
     # TOLERANCES.md: DDBM's float32 λ cancels near both ends; I2SB has float32 tables, DBIM float64.
     bound = {"ddbm": 1e-3, "i2sb": 1e-6, "dbim": 1e-9}[family[:4]]
     assert (model.weight(t) / out["coef.lambda"].double() - 1).abs().max() < bound
     assert model.weight(t).dtype == torch.float64
+    torch.testing.assert_close(model.weight(t, 1.0) ** 2, model.weight(t), rtol=1e-12, atol=0)
+    assert (model.weight(t, 0.0) == 1).all()
 
 
 VP_GOLDEN = [  # teachers.md §3.1: t, c_skip, c_in, c_out; 8 decimals
@@ -480,7 +482,7 @@ def test_batch_elements_are_independent(patch_size):
 
 # --- the noise of a student --------------------------------------------------------------------------------
 
-SHAPES = [(1, 8, 8), (1, 16, 16), (2, 32, 32), (5, 16, 40), (3, 48, 16), (16, 32, 32)]
+SHAPES = [(1, 8, 8), (1, 16, 16), (2, 32, 32), (5, 16, 40), (3, 48, 16), (8, 32, 32)]
 
 
 def same_at_T(teacher, student, noise_channels, same):
@@ -561,6 +563,23 @@ def test_widening_appends_zero_weights_that_can_learn(patch_size):
     assert again.noise_channels == 3
     padded = torch.cat([z, randn(1, 1, 8, 8)], 1)
     assert error(again(x, torch.ones(1), x, padded), student(x, torch.ones(1), x, z)) < 1e-5
+
+
+def test_widening_with_weights_of_a_given_deviation():
+    teacher, name = small(), "backbone.input_blocks.0.0.weight"
+    zero, one, again = teacher.widen(64), teacher.widen(64, 0.1), teacher.widen(64, 0.1)
+    other = teacher.widen(64, 0.1, torch.Generator().manual_seed(1))
+    new = one.get_parameter(name)[:, 6:]
+    # 9216 numbers: four standard errors are 3 % of the deviation, and 0.004 of the mean.
+    assert new.std().item() == pytest.approx(0.1, rel=0.03)
+    assert abs(new.mean().item()) < 0.004
+    assert torch.equal(one.get_parameter(name), again.get_parameter(name))
+    assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
+    assert all(torch.equal(p, q) for (n, p), q in zip(one.named_parameters(), zero.parameters()) if n != name)
+    assert torch.equal(one.get_parameter(name)[:, :6], teacher.get_parameter(name))
+    x, z = randn(1, 3, 8, 8), randn(1, 64, 8, 8, seed=1)
+    assert not torch.equal(one(x, torch.ones(1), x, z), one(x, torch.ones(1), x, -z))
+    assert torch.equal(one(x, torch.ones(1), x, 0 * z), zero(x, torch.ones(1), x, z))
 
 
 def test_widening_keeps_mode_bridge_and_preconditioning():

@@ -57,7 +57,6 @@ def outputs(family: str) -> dict[str, Tensor]:
     return load_file(HERE / f"{family}.safetensors")
 
 
-@cache
 def rule_weights(manifest: str) -> dict[str, Tensor]:
     """Return the state dict of a small network, in published names, shapes and order."""
     return {name: weight(name, tuple(shape), 0) for name, shape in manifests()[manifest].items()}
