@@ -8,6 +8,7 @@ the variance of x_0 given x_t, keeps the student diverse. Only sources x_T are r
 predictors ignore their x_T: nothing else changes. (The bridge model is the "fake score" of DMD.)
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def ibmd(
         batch = sources(rng)
         return student_step(teacher, bridge_model, student, setup, batch, rng, backward, recompute)
 
+    loss_phi = math.nan
     for k in range(start, steps):
         first, last = bridge_warmup + k * bridge_steps, bridge_warmup + (k + 1) * bridge_steps
         for l in range(first if k else 0, last):  # noqa: E741 (the paper's letter)
@@ -171,7 +173,8 @@ def student_step(
 
     The loss depends on θ through x_0 alone. So the two terms are differentiated one after the other down to a leaf
     copy of x_0, with φ frozen: one critic's graph is alive at a time, and no weight gradient of a critic is formed.
-    Then ∂L/∂x_0 goes through the student, which is run again for it if `recompute` is set.
+    Then ∂L/∂x_0 goes through the student, which is run again for it if `recompute` is set: it must be in eval mode, or
+    have no dropout, and the teacher's parameters must not require gradients.
     """
     replay = rng.get_state()
     with torch.set_grad_enabled(not recompute):
@@ -185,8 +188,10 @@ def student_step(
             backward(term)
             loss += term.item()
     if recompute:
+        drawn = rng.get_state()
         rng.set_state(replay)
         x_0 = rollout(student, setup, batch, rng)
+        rng.set_state(drawn)
     torch.autograd.backward(x_0, leaf.grad)
     return loss
 

@@ -114,12 +114,26 @@ class AttentionBlock(nn.Module):
         return x + h.transpose(1, 2).reshape(B, C, H, W)
 
 
+class InputConv(nn.Conv2d):
+    """The first convolution. Noise z, its last input channels, is added by a convolution of its own.
+
+    So the part without z is computed as in a network without z, to the bit: with one convolution over all channels,
+    the library may choose another kernel for them.
+    """
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        if z is None:
+            return super().forward(x)
+        of_x, of_z = self.weight.split([x.shape[1], z.shape[1]], dim=1)
+        return self._conv_forward(x, of_x, self.bias) + self._conv_forward(z, of_z, None)
+
+
 class _Block(nn.Sequential):
-    """A row of layers of which the residual blocks also take the time embedding."""
+    """A row of residual and attention layers, which take the time embedding."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
-            x = layer(x) if isinstance(layer, nn.Conv2d) else layer(x, emb)
+            x = layer(x, emb)
         return x
 
 
@@ -146,7 +160,8 @@ class UNet(nn.Module):
 
         widths = [int(m * config.model_channels) for m in config.channel_mult]
         cells = config.patch_size**2
-        self.input_blocks = nn.ModuleList([_Block(nn.Conv2d(config.in_channels * cells, widths[0], 3, padding=1))])
+        first = InputConv(config.in_channels * cells, widths[0], 3, padding=1)
+        self.input_blocks = nn.ModuleList([nn.Sequential(first)])
         skips, c = [widths[0]], widths[0]
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -172,30 +187,36 @@ class UNet(nn.Module):
         """Height and width of an image must be a multiple of this."""
         return self.config.patch_size * 2 ** (len(self.config.channel_mult) - 1)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Compute F.
 
         Args:
-            x: (B, in_channels, H, W), H and W multiples of `size_multiple`.
+            x: (B, in_channels, H, W) without the channels of z, H and W multiples of `size_multiple`.
             c_noise: (B,), the number that stands for time.
             label: class indices (B,) int64, if the network has classes.
+            z: noise (B, C_z, H, W), if the network takes it.
 
         Returns:
             (B, out_channels, H, W).
         """
+        if (label is None) != (self.config.num_classes is None):
+            raise ValueError(f"a network of {self.config.num_classes or 'no'} classes, but label is {label}")
+        patch = self.config.patch_size
         emb = self.time_embed(sinusoid(c_noise, self.config.model_channels))
         if label is not None:
             emb = emb + self.label_emb(label)
-        h = F.pixel_unshuffle(x, self.config.patch_size) if self.config.patch_size > 1 else x
-        skips = []
-        for module in self.input_blocks:
+        if patch > 1:
+            x, z = F.pixel_unshuffle(x, patch), None if z is None else F.pixel_unshuffle(z, patch)
+        h = self.input_blocks[0][0](x, z)
+        skips = [h]
+        for module in self.input_blocks[1:]:
             h = self._run(module, h, emb)
             skips.append(h)
         h = self._run(self.middle_block, h, emb)
         for module in self.output_blocks:
             h = self._run(module, torch.cat([h, skips.pop()], dim=1), emb)
         h = self.out(h)
-        return F.pixel_shuffle(h, self.config.patch_size) if self.config.patch_size > 1 else h
+        return F.pixel_shuffle(h, patch) if patch > 1 else h
 
     def _run(self, module: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -296,15 +317,15 @@ class Predictor(nn.Module):
             x̂_0 (B, C, H, W), float32, not clamped.
         """
         c_skip, c_in, c_out = (expand_to(c, x_t) for c in self.preconditioning(self.bridge, t))
-        inputs = [c_in * x_t]
-        if self.conditional:
-            inputs.append(x_T)
+        x = torch.cat([c_in * x_t, x_T], dim=1) if self.conditional else c_in * x_t
         if self.noise_channels:
             if z is None:
                 raise ValueError(f"this student needs noise z of {self.noise_channels} channels")
-            inputs.append(F.interpolate(z, x_t.shape[-2:], mode="nearest") if z.shape[-2:] != x_t.shape[-2:] else z)
-        x = torch.cat(inputs, dim=1).contiguous(memory_format=torch.channels_last)
-        return c_skip * x_t + c_out * self.backbone(x, self.bridge.c_noise(t), label).to(x_t.dtype)
+            z = F.interpolate(z, x_t.shape[-2:], mode="nearest").contiguous(memory_format=torch.channels_last)
+        else:
+            z = None
+        x = x.contiguous(memory_format=torch.channels_last)
+        return c_skip * x_t + c_out * self.backbone(x, self.bridge.c_noise(t), label, z).to(x_t.dtype)
 
     def weight(self, t: Tensor, power: float = 2.0) -> Tensor:
         """Return λ(t) = c_out(t)^−power, float64 (B,); 2 is the teachers' own weighting of ‖x̂_0 − x_0‖²."""

@@ -84,8 +84,9 @@ class Player:
         optimizer = torch.optim.AdamW(
             model.parameters(), schedule.lr, betas=betas, weight_decay=weight_decay, fused=True
         )
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # Before `prepare`, which changes the network's forward for mixed precision: the average stays in float32.
         self.average = AveragedModel(model, multi_avg_fn=_ema(ema)) if ema is not None else None
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def update(self, step: int, compute: Callable[..., float]) -> float:
         """Make one optimiser step and return the loss, averaged over micro-batches and processes.

@@ -43,13 +43,12 @@ def sample_dbim(
     x_0 = predict(x_T, bridge.T)
     if nfe == 1:
         return x_0
-    times = torch.linspace(bridge.T * 0.999, bridge.t_min, nfe, dtype=torch.float32).tolist()
+    times = torch.linspace(bridge.T - 1e-3, bridge.t_min, nfe, dtype=torch.float32).tolist()
     x = bridge.sample(x_0, x_T, times[0] * ones, noise_like(x_T, rng))
     for i, (s, t) in enumerate(zip(times[:-1], times[1:], strict=True)):
         x_0 = predict(x, s)
-        eps = noise_like(x_T, rng)
-        omega = 0.0 if i == nfe - 2 else eta
-        x = _dbim_update(bridge, x, x_0, x_T, s * ones, t * ones, omega, eps)
+        eps = noise_like(x_T, rng) if i < nfe - 2 else torch.zeros_like(x_T)  # the last step adds no noise
+        x = _dbim_update(bridge, x, x_0, x_T, s * ones, t * ones, eta, eps)
     return x.clamp(-1, 1)
 
 

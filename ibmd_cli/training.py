@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +113,24 @@ def distill(
     for predictor in (teacher.predictor, bridge_model, student.predictor):
         predictor.backbone.gradient_checkpointing = config.checkpointing
     # Dropout stays off (eval mode): student and bridge model must agree with the teacher at the start.
-    common = {
-        "steps": config.steps, "seed": config.seed, "betas": config.betas, "micro_batches": share // micro_batch
-    }  # fmt: skip
-    phi = Player(
-        "bridge_model", bridge_model, accelerator, Schedule(config.bridge_lr, 0, config.lr_decay),
-        **{**common, "steps": config.bridge_warmup + config.steps * config.bridge_steps},
-    )  # fmt: skip
-    theta = Player(
-        "student", student.predictor, accelerator, Schedule(config.lr, config.lr_warmup, config.lr_decay),
-        clip=config.clip or None, ema=config.ema, **common,
-    )  # fmt: skip
+    player = partial(
+        Player, accelerator=accelerator, seed=config.seed, betas=config.betas, micro_batches=share // micro_batch
+    )
+    phi = player(
+        "bridge_model",
+        bridge_model,
+        schedule=Schedule(config.bridge_lr, 0, config.lr_decay),
+        steps=config.bridge_warmup + config.steps * config.bridge_steps,
+    )
+    theta = player(
+        "student",
+        student.predictor,
+        schedule=Schedule(config.lr, config.lr_warmup, config.lr_decay),
+        steps=config.steps,
+        clip=config.clip or None,
+        ema=config.ema,
+    )
+    x0_star = accelerator.prepare_model(teacher.predictor, evaluation_mode=True)
     players = {"student": theta, "bridge_model": phi}
     run = Run(out, players, student, config.keep)
     start, spent = run.restore(resume, reporter)
@@ -138,7 +146,7 @@ def distill(
     if preview and start == 0:
         preview.save(out / "previews" / "step-000000.png", student, theta.averaged())
     steps = ibmd(
-        teacher.predictor, phi.model, theta.model, setup, draw, phi.update, theta.update,
+        x0_star, phi.model, theta.model, setup, draw, phi.update, theta.update,
         steps=config.steps, bridge_steps=config.bridge_steps, bridge_warmup=config.bridge_warmup,
         start=start, recompute=config.recompute,
     )  # fmt: skip

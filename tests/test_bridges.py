@@ -158,7 +158,7 @@ def test_i2sb_tables_are_cumulative_sums_of_the_mirrored_ramp(beta_max):
 
 @pytest.mark.parametrize("n_steps", [12, 100, 1000])
 def test_lower_end_of_beta_does_not_depend_on_the_number_of_steps(n_steps):
-    """teachers.md §3.2: linear_start is the constant 1e-4, as is the deviation 0.01 that remains at the ends."""
+    """teachers.md §3.2: it is the constant 1e-4, and so the deviation that remains at the ends is 0.01."""
     bridge = I2SBBridge(n_steps=n_steps)
     fwd = bridge.alpha_rho(torch.arange(n_steps))[1]
     assert fwd[0].item() == pytest.approx(0.01, rel=1e-12)

@@ -17,7 +17,7 @@ def test_precedence_and_origins(tmp_path: Path):
     assert (config.steps, origins["steps"]) == (11, "flag")
     assert (config.lr, origins["lr"]) == (2e-4, "environment")
     assert (config.seed, origins["seed"]) == (5, f"config {file}")
-    assert (config.t_power, origins["t_power"]) == (2.0, "preset")
+    assert (config.noise_grid, origins["noise_grid"]) == (1, "preset")
     assert (config.ema, origins["ema"]) == (0.99, "default")
     assert config.betas == (0.1, 0.2)
 

@@ -189,6 +189,16 @@ def test_list_teachers():
     assert "builtin:outline2emoji" in distill("--list-teachers").stdout
 
 
+@pytest.mark.parametrize("recompute", ["--recompute", "--no-recompute"])
+def test_mixed_precision_follows_full_precision(arguments: list[object], tmp_path: Path, recompute: str):
+    for precision in ("fp32", "bf16"):
+        distill(*arguments, recompute, "--lr", "1e-3", "--precision", precision, "--out", tmp_path / precision)
+    full, mixed = weights(tmp_path / "fp32"), weights(tmp_path / "bf16")
+    moved = max(float((full[key] - v).abs().max()) for key, v in mixed.items())
+    # Adam moves a weight by at most about lr per step, whatever the gradient's rounding
+    assert 0 < moved <= 2 * 4 * 1e-3
+
+
 def test_multi_step_student(arguments: list[object], tmp_path: Path):
     distill(*arguments, "--nfe", "2", "--out", tmp_path / "run")
     student = load_model(str(tmp_path / "run"))
