@@ -165,13 +165,14 @@ class _Tables:
     def make(beta_max: float, n_steps: int) -> "_Tables":
         # The lower end is the constant 1e-4, as published, whatever n_steps is; the peak of the mirrored ramp is
         # its middle, not beta_max / n_steps.
-        cpu = {"device": "cpu"}  # also inside `with torch.device("meta")`
-        ramp = torch.linspace(1e-4**0.5, (beta_max / n_steps) ** 0.5, n_steps, dtype=torch.float64, **cpu) ** 2
+        # On the CPU even inside `with torch.device("meta")`.
+        ends = 1e-4**0.5, (beta_max / n_steps) ** 0.5
+        ramp = torch.linspace(*ends, n_steps, dtype=torch.float64, device="cpu") ** 2
         betas = torch.cat([ramp[: n_steps // 2], ramp[: n_steps // 2].flip(0)])
         return _Tables(
             std_fwd=betas.cumsum(0).sqrt(),
             std_bwd=betas.flip(0).cumsum(0).flip(0).sqrt(),
-            noise_levels=torch.linspace(1e-4, 1.0, n_steps, dtype=torch.float32, **cpu) * n_steps,
+            noise_levels=torch.linspace(1e-4, 1.0, n_steps, dtype=torch.float32, device="cpu") * n_steps,
         )
 
 

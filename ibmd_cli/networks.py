@@ -207,7 +207,7 @@ class UNet(nn.Module):
             emb = emb + self.label_emb(label)
         if patch > 1:
             x, z = F.pixel_unshuffle(x, patch), None if z is None else F.pixel_unshuffle(z, patch)
-        h = self.input_blocks[0][0](x, z)
+        h = self.input_blocks[0].get_submodule("0")(x, z)
         skips = [h]
         for module in self.input_blocks[1:]:
             h = self._run(module, h, emb)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -192,11 +193,13 @@ def test_list_teachers():
 @pytest.mark.parametrize("recompute", ["--recompute", "--no-recompute"])
 def test_mixed_precision_follows_full_precision(arguments: list[object], tmp_path: Path, recompute: str):
     for precision in ("fp32", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)  # its precision is one per process
         distill(*arguments, recompute, "--lr", "1e-3", "--precision", precision, "--out", tmp_path / precision)
     full, mixed = weights(tmp_path / "fp32"), weights(tmp_path / "bf16")
     moved = max(float((full[key] - v).abs().max()) for key, v in mixed.items())
     # Adam moves a weight by at most about lr per step, whatever the gradient's rounding
     assert 0 < moved <= 2 * 4 * 1e-3
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_multi_step_student(arguments: list[object], tmp_path: Path):
