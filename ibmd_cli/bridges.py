@@ -27,8 +27,13 @@ from torch import Tensor
 
 
 def expand_to(v: Tensor, x: Tensor) -> Tensor:
-    """Give `v` (B,) the shape (B, 1, …, 1) and the dtype of `x` (B, …), for broadcasting."""
-    return v.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    """Give `v` (B,) the shape (B, 1, …, 1), and the dtype and device of `x` (B, …), for broadcasting."""
+    return v.to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def float64_device(t: Tensor) -> torch.device:
+    """Return where coefficients at times `t` are computed: on its device, or the CPU if that has no float64 (MPS)."""
+    return torch.device("cpu") if t.device.type == "mps" else t.device
 
 
 class Coefficients(NamedTuple):
@@ -135,7 +140,7 @@ class VPBridge(_ContinuousBridge):
     t_min: float = 1e-4
 
     def alpha_rho(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.double()
+        t = t.to(float64_device(t)).double()
         B_t = 0.5 * self.beta_d * t**2 + self.beta_min * t
         return torch.exp(-0.5 * B_t), torch.expm1(B_t).sqrt()
 
@@ -149,7 +154,7 @@ class VEBridge(_ContinuousBridge):
     t_min: float = 0.002
 
     def alpha_rho(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.double()
+        t = t.to(float64_device(t)).double()
         return torch.ones_like(t), t
 
 
@@ -193,7 +198,7 @@ class _TabulatedBridge(Bridge):
 
     def _rows(self, t: Tensor) -> tuple[Tensor, Tensor]:
         n = self.index(t).cpu()
-        return self._tables.std_fwd[n].to(t.device), self._tables.std_bwd[n].to(t.device)
+        return self._tables.std_fwd[n].to(float64_device(t)), self._tables.std_bwd[n].to(float64_device(t))
 
     def alpha_rho(self, t: Tensor) -> tuple[Tensor, Tensor]:
         rho_t = self._rows(t)[0]
@@ -259,7 +264,7 @@ class DBIMBridge(_TabulatedBridge):
 
     def coefficients(self, t: Tensor) -> Coefficients:
         fwd, bwd = self._rows(t)
-        S = self._tables.std_fwd[-1].to(t.device) ** 2
+        S = float(self._tables.std_fwd[-1]) ** 2
         return Coefficients(fwd**2 / S, bwd**2 / S, fwd * bwd / math.sqrt(S))
 
 

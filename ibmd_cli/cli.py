@@ -121,9 +121,10 @@ def distill(
         return
     place = resolve_device(device)
     if processes != "1" and "RANK" not in os.environ:
-        from ibmd_cli.launching import relaunch
+        from ibmd_cli.launching import count_processes, relaunch
 
-        sys.exit(relaunch(processes, sys.argv[1:]))
+        if (count := count_processes(processes, place)) > 1:
+            raise typer.Exit(relaunch(count, sys.argv[1:]))
     student = run(settings, origins, out, place, resume, reporter)
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(json.dumps({"schema": 1, "student": str(student)}) if as_json else str(student))
@@ -257,10 +258,14 @@ def export(
         Path | None, typer.Option("--output", "-o", help="File.", show_default="STUDENT-DTYPE.safetensors")
     ] = None,
     on_exists: Annotated[str, typer.Option(help="error or overwrite.")] = "error",
+    device: Device = "auto",
+    seed: Seed = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write a student as one file, after running it back on real images and comparing."""
+    from ibmd_cli.devices import resolve_device
     from ibmd_cli.export import export as run
 
     if format != "safetensors":
@@ -268,11 +273,11 @@ def export(
     if on_exists not in ("error", "overwrite"):
         raise UsageError(f"--on-exists: {on_exists!r} is not one of: error, overwrite")
     output = output or Path(f"{Path(student.rpartition(':')[2]).name}-{dtype}.safetensors")
-    report = run(student, dtype, output, on_exists == "overwrite")
+    report = run(student, dtype, output, on_exists == "overwrite", resolve_device(device), seed)
     if as_json:
         typer.echo(json.dumps(report))
         return
-    Reporter().note(
+    Reporter(quiet).note(
         f"{dtype}: {report['bytes'] / 1e6:.2f} MB, largest difference {report['max_difference']:.2g}, "
         f"{report['ms_per_image']['exported']:.2f} ms/image (student: {report['ms_per_image']['student']:.2f})"
     )
@@ -310,6 +315,8 @@ def _show_plan(plan: dict[str, Any], settings: Any, origins: dict[str, str], as_
 def main() -> None:
     """Run the program; tell what the user can mend in one line, and keep tracebacks for --debug."""
     reporter = Reporter()
+    if is_plain(sys.stdout):
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # Typer writes escape codes where GITHUB_ACTIONS is set
     try:
         app()
     except IbmdError as error:
@@ -327,12 +334,15 @@ def main() -> None:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             _fail(reporter, f"{type(error).__name__}: {error} (--debug shows where)", 1)
         _fail(reporter, "out of memory: lower --batch-size or --micro-batch", 5)
+    except Exception as error:  # a fault of ours: still one line
+        _fail(reporter, f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 
 def _fail(reporter: Reporter, message: str, exit_code: int) -> Any:
     if "--debug" in sys.argv or os.environ.get("IBMD_DEBUG", "") not in ("", "0"):
         raise  # noqa: PLE0704 (always called while an exception is handled)
-    reporter.error(message)
+    if os.environ.get("RANK", "0") == "0":  # once, of several processes
+        reporter.error(message)
     sys.exit(exit_code)
 
 

@@ -94,6 +94,8 @@ class DistillConfig:
         for name in ("lr", "bridge_lr", "t_power"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{_flag(name)}: {getattr(self, name)} must be greater than 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas: {self.betas} must be at least 0 and less than 1")
         if not 0 <= self.ema < 1:
             raise UsageError(f"--ema: {self.ema} must be at least 0 and less than 1")
 

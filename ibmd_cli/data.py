@@ -49,7 +49,10 @@ class SourceImages:
 
 def _read(reference: str, size: int, reporter: Reporter) -> Tensor:
     if reference.startswith("builtin:"):
-        return embedded_sources(reference.removeprefix("builtin:"))
+        x_T = embedded_sources(reference.removeprefix("builtin:"))
+        if x_T.shape[-1] != size:
+            raise IbmdError(f"--data {reference}: images of {x_T.shape[-1]} pixels, but the teacher is for {size}")
+        return x_T
     path = Path(reference)
     if not path.exists():
         raise NotAvailable(f"--data {reference}: no such folder")

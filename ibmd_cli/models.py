@@ -109,7 +109,7 @@ def make_setup(
 
 
 def save_model(model: Model, folder: Path, *, dtype: str = "fp32", card: str | None = None) -> None:
-    """Write a model folder, whole or not at all; one that is there is replaced in one move.
+    """Write a model folder, whole or not at all; one that is there is replaced.
 
     Args:
         model: what to write.
@@ -151,16 +151,22 @@ def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
         config, file = read_json(path / "config.json"), path / "model.safetensors"
     if config.get("format") not in ("ibmd-teacher", "ibmd-student"):
         raise IbmdError(f"{path}: not a model of ibmd: its format is {config.get('format')!r}")
-    if config["format_version"] > FORMAT_VERSION:
+    version = config.get("format_version")
+    if not isinstance(version, int):
+        raise IbmdError(f"{path}: config.json has format_version {version!r}, expected a number")
+    if version > FORMAT_VERSION:
         raise IbmdError(
-            f"{path}: format_version {config['format_version']}, written by ibmd {config.get('ibmd_version', '?')}; "
+            f"{path}: format_version {version}, written by ibmd {config.get('ibmd_version', '?')}; "
             f"ibmd {__version__} reads up to {FORMAT_VERSION}. Upgrade: pip install -U ibmd-cli"
         )
     is_teacher = config["format"] == "ibmd-teacher"
     if kind is not None and (kind == "teacher") != is_teacher:
         other = "teacher" if is_teacher else "student"
         raise IbmdError(f"{reference}: a {other}, where a {kind} is needed. Name it with --{other}")
-    predictor = make_predictor(config)
+    try:
+        predictor = make_predictor(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IbmdError(f"{path}: config.json does not describe a model ({type(error).__name__}: {error})") from error
     load_weights(predictor, file)
     return (Teacher if is_teacher else Student)(predictor.eval(), config)
 

@@ -82,6 +82,10 @@ def distill(
         IbmdError: a loss or gradient that is not finite, a run of other settings, unreadable data.
         KeyboardInterrupt: after SIGINT or SIGTERM, when the step is finished and a checkpoint is written.
     """
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
+    if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
+        torch.cuda.set_device(device)  # the one that Accelerate takes
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="no" if config.precision == "fp32" else config.precision
     )
@@ -132,9 +136,12 @@ def distill(
     )
     x0_star = accelerator.prepare_model(teacher.predictor, evaluation_mode=True)
     players = {"student": theta, "bridge_model": phi}
-    run = Run(out, players, student, config.keep)
+    run = Run(out, players, student, config.keep, accelerator.scaler)
     start, spent = run.restore(resume, reporter)
     if start >= config.steps:
+        if main and run.student_step() != start:  # it was stopped between the last checkpoint and the student
+            run.save_student(start)
+        accelerator.wait_for_everyone()
         reporter.note(f"{out}: complete ({start} student updates); to train anew, give another --out")
         return out / "student"
 
@@ -163,7 +170,7 @@ def distill(
             if main:
                 run.log(
                     {"step": k, **losses, "lr": theta.schedule(step.k, config.steps), **done}
-                    | {"images_per_second": rate, "peak_memory_bytes": peak_memory()}
+                    | {"images_per_second": rate, "peak_memory_bytes": peak_memory(accelerator.device)}
                 )
             if preview and (k % config.preview_every == 0 or k == config.steps):
                 preview.save(out / "previews" / f"step-{k:06d}.png", student, theta.averaged())
@@ -191,6 +198,7 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
     shared = ("network", "bridge", "preconditioning", "conditional", "noise_channels")
     inherited = ("task", "image", "classes", "mask", "licence")
     weights = resolve(config.teacher, "teacher")
+    weights = weights if weights.is_file() else weights / "model.safetensors"
     settings = {
         "format": "ibmd-student",
         "format_version": 1,
@@ -204,7 +212,7 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
             "rollout": "chain" if chained else "random-step",
             "transition": "posterior" if chained else "marginal",
         },
-        "teacher": {"reference": config.teacher, "sha256": sha256(weights / "model.safetensors")},
+        "teacher": {"reference": config.teacher, "sha256": sha256(weights)},
         "training": to_json(config),
     }
     return Student(predictor, settings)
@@ -243,17 +251,21 @@ class Run:
         players: what a checkpoint holds.
         student: written to `student/` with its averaged weights.
         keep: checkpoints to keep.
+        scaler: of the gradients with fp16, shared by the players.
     """
 
-    def __init__(self, out: Path, players: dict[str, Player], student: Student, keep: int) -> None:
-        self.out, self.players, self.student, self.keep = out, players, student, keep
+    def __init__(
+        self, out: Path, players: dict[str, Player], student: Student, keep: int, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        self.out, self.players, self.student, self.keep, self.scaler = out, players, student, keep, scaler
 
     def save(self, step: int, seconds: float) -> None:
         """Write `checkpoints/step-NNNNNN` and `student/`, each whole or not at all, and drop the oldest ones."""
         folder = self.out / "checkpoints" / f"step-{step:06d}"
         with atomic_folder(folder) as new:
             try:
-                torch.save({name: player.state_dict() for name, player in self.players.items()}, new / "state.pt")
+                state = {name: player.state_dict() for name, player in self.players.items()}
+                torch.save(state | {"scaler": self.scaler.state_dict() if self.scaler else None}, new / "state.pt")
             except RuntimeError as error:  # what torch makes of an OSError
                 free = shutil.disk_usage(self.out).free / 2**20
                 raise IbmdError(
@@ -262,11 +274,22 @@ class Run:
                 ) from error
             progress = {"step": step, "seconds": seconds, "sha256": sha256(new / "state.pt")}
             (new / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
+        self.save_student(step)
+        for old in self.checkpoints()[self.keep :]:
+            shutil.rmtree(old)
+
+    def save_student(self, step: int) -> None:
+        """Write `student/` with the averaged weights."""
         config = {**self.student.config, "training": {**self.student.config["training"], "step": step}}
         averaged = Student(self.players["student"].averaged(), config)  # type: ignore[arg-type]
         save_model(averaged, self.out / "student", card=student_card(averaged))
-        for old in self.checkpoints()[self.keep :]:
-            shutil.rmtree(old)
+
+    def student_step(self) -> int | None:
+        """Return the step at which `student/` was written, None if there is no sound one."""
+        try:
+            return int(load_model(str(self.out / "student"), "student").config["training"]["step"])
+        except IbmdError:
+            return None
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
@@ -293,6 +316,8 @@ class Run:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             for name, player in self.players.items():
                 player.load_state_dict(state[name])
+            if self.scaler:
+                self.scaler.load_state_dict(state["scaler"])
             step = int(progress["step"])
             self._trim_log(step)
             reporter.note(f"resuming from {folder}")
@@ -367,10 +392,10 @@ def interrupts() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def peak_memory() -> int:
-    """Return the peak memory of this process: of the GPU where there is one, else of the process, in bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process in bytes: on the GPU it trains on, else in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

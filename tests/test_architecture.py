@@ -22,7 +22,7 @@ LAYERS = (
     ("__main__",),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-ONLY = {"typer": {"cli"}, "accelerate": {"optimisation", "training"}}
+ONLY = {"typer": {"cli"}, "accelerate": {"launching", "optimisation", "training"}}
 
 
 def imports(file: Path) -> set[str]:

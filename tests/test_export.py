@@ -59,10 +59,11 @@ def test_existing_file_is_kept(tmp_path: Path):
     ("arguments", "message"),
     [
         (["--dtype", "fp8"], "--dtype: 'fp8' is not one of fp32, fp16, bf16"),
+        (["--output", "student.bin"], "expected a name that ends in .safetensors"),
         (["--format", "onnx"], "--format: 'onnx' is not one of: safetensors"),
         (["--student", "builtin:outline2emojy"], "nearest: builtin:outline2emoji"),
     ],
 )
 def test_bad_requests(tmp_path: Path, arguments: list[str], message: str):
     with pytest.raises(IbmdError, match=message):
-        export(*arguments, "--output", tmp_path / "x.safetensors")
+        export("--output", tmp_path / "x.safetensors", *arguments)

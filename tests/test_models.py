@@ -78,6 +78,13 @@ def test_truncated_weights_and_bad_json_are_named(tiny_teacher: Path):
         load_model(str(tiny_teacher))
 
 
+@pytest.mark.parametrize("change", [{"format_version": None}, {"network": {}}, {"bridge": {"kind": "no"}}])
+def test_config_that_describes_no_model(tiny_teacher: Path, change: dict):
+    edit(tiny_teacher, **change)
+    with pytest.raises(IbmdError, match=r"format_version None|does not describe a model"):
+        load_model(str(tiny_teacher))
+
+
 def test_unknown_reference_names_the_nearest():
     with pytest.raises(NotAvailable, match="builtin:outline2emoji"):
         load_model("builtin:outline2emojy")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,44 @@ def test_schedule(decay: str, last: float):
     schedule = Schedule(1.0, warmup=4, decay=decay, floor=0.1)
     assert schedule(0, 1000) == pytest.approx(0.2)
     assert schedule(1000, 1000) == pytest.approx(last)
+
+
+def test_finished_run_without_its_student_gets_it_back(arguments: list[object], tmp_path: Path):
+    distill(*arguments, "--out", tmp_path / "run")
+    whole = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
+    distill(*arguments, "--out", tmp_path / "run")
+    assert all(torch.equal(whole[key], v) for key, v in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--data", "builtin:outline2emoji"], "images of 32 pixels, but the teacher is for 16"),
+    ],
+)
+def test_settings_that_do_not_go_together(arguments: list[object], tmp_path: Path, options: list[str], message: str):
+    with pytest.raises(IbmdError, match=message):
+        distill(*arguments, *options, "--out", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_processes_pass_on_signals_and_exit_codes(arguments: list[object], tmp_path: Path):
+    program = [sys.executable, "-m", "ibmd_cli", "distill", *map(str, arguments), "--device", "cpu", "--processes", "2"]
+    program += ["--out", str(tmp_path / "run")]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    wrong = subprocess.run([*program, "--batch-size", "3"], capture_output=True, text=True, env=environ)
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1), wrong.stderr
+    run = subprocess.Popen([*program, "--steps", "2000"], env=environ, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert run.poll() is None
+        time.sleep(0.2)
+    run.terminate()
+    assert run.wait(60) == 130
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert newest.name == f"step-{len(lines):06d}"  # both stopped after the step, with a checkpoint
 
 
 @pytest.mark.slow
