@@ -229,7 +229,6 @@ def translate(student: Denoiser, setup: Setup, batch: Sources, rng: Streams) -> 
     """
     x_T = x_t = batch.x_T
     ones = torch.ones(len(x_T), device=x_T.device)
-    t_next: float
     for n, t_n in enumerate(setup.timesteps):
         x_0 = student(x_t, t_n * ones, x_T, draw_z(setup, x_T, rng), label=batch.label)
         if batch.mask is not None:

@@ -17,19 +17,7 @@ class UsageError(IbmdError):
     exit_code = 2
 
 
-class PartialFailure(IbmdError):
-    """Some inputs failed, the others are done (exit 3)."""
-
-    exit_code = 3
-
-
 class NotAvailable(IbmdError):
     """A model or data set that cannot be found or fetched (exit 4)."""
 
     exit_code = 4
-
-
-class OutOfMemory(IbmdError):
-    """Memory ran out (exit 5)."""
-
-    exit_code = 5

@@ -186,7 +186,7 @@ def distill(
 
 
 def _new_student(config: DistillConfig, teacher: Model) -> Student:
-    """Make a student of the teacher's weights, with zero weights for z (arXiv:2502.01362v2, App. B)."""
+    """Make a student of the teacher's weights; those for z are zero or small (arXiv:2502.01362v2, App. B)."""
     bridge = teacher.predictor.bridge
     channels = config.noise_channels if config.noise else 0
     rng = stream(config.seed, "noise weights")

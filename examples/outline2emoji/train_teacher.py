@@ -80,8 +80,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=7e-4)
-    # Large flat regions average the noise over hundreds of pixels. With beta_d = 2 of the published models their
-    # colour is decided within the last hundredths before T; with 8, between t = 0.6 and 0.95.
+    # Large flat regions average the noise over hundreds of pixels. By the coefficients, their colour is decided within
+    # the last hundredths before T with beta_d = 2 of the published models, and over t of about 0.6 to 0.95 with 8.
+    # One seed each, 1,000 steps, validation energy score at 20 NFE: 2.36 with 2, 2.28 with 8.
     parser.add_argument("--beta-d", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between validations and checkpoints")
