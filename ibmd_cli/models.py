@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ibmd_cli import __version__
+from ibmd_cli.bridges import Bridge
 from ibmd_cli.distillation import Setup, Sources, translate
 from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.files import atomic_folder
 from ibmd_cli.networks import Predictor, make_predictor
 from ibmd_cli.noise import Streams
-from ibmd_cli.samplers import sample_dbim
+from ibmd_cli.samplers import sample_teacher
 
 FORMAT_VERSION = 1
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -63,10 +64,46 @@ class Model:
 class Teacher(Model):
     """A diffusion bridge, sampled in many steps."""
 
+    @property
+    def bridge(self) -> Bridge:
+        """The process q; `teacher.bridge.coefficients(t)` gives a_t, b_t, c_t."""
+        return self.predictor.bridge
+
     @torch.no_grad()
-    def translate(self, batch: Sources, rng: Streams, nfe: int) -> Tensor:
-        """Translate sources (B, C, H, W) in [-1, 1] with the teacher's own sampler in `nfe` network calls."""
-        return sample_dbim(self.predictor, self.predictor.bridge, batch, nfe, rng)
+    def predict_x0(self, x_t: Tensor, t: Tensor, x_T: Tensor, label: Tensor | None = None) -> Tensor:
+        """Predict the target, x̂_0(x_t, t, x_T).
+
+        Args:
+            x_t: states (B, C, H, W).
+            t: times (B,) in the teacher's own units: reals for VP, VE and DBIM, integer steps for I2SB.
+            x_T: sources (B, C, H, W); not read by an unconditional teacher.
+            label: class indices (B,), for a class-conditional teacher.
+
+        Returns:
+            (B, C, H, W), not clamped.
+        """
+        return self.predictor(x_t, t, x_T, label=label)
+
+    def translate(
+        self, batch: Sources, rng: Streams, nfe: int | None = None, sampler: str | None = None, **options: Any
+    ) -> Tensor:
+        """Translate sources (B, C, H, W) in [-1, 1]; returns the same shape, in [-1, 1].
+
+        Args:
+            batch: sources, with labels and mask where the teacher takes them.
+            rng: random stream of all noise, or one for each image.
+            nfe: network calls; None for what `config.json` says.
+            sampler: see `samplers.SAMPLERS`; None for what `config.json` says, with its options.
+            options: of the sampler.
+        """
+        settings = dict(self.config["sampling"])
+        own, calls = settings.pop("sampler"), settings.pop("nfe")
+        options = {**(settings if sampler in (None, own) else {}), **options}
+        x_0 = sample_teacher(
+            self, batch.x_T, sampler=sampler or own, nfe=nfe or calls, noise=rng,
+            mask=batch.mask, label=batch.label, **options,
+        )  # fmt: skip
+        return x_0.clamp(-1, 1)
 
 
 class Student(Model):

@@ -3,6 +3,8 @@
 Source: arXiv:2405.15885 (DBIM), as in the published code.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,19 @@ def _dbim_update(
     k = (c_t**2 - omega**2).clamp(min=0).sqrt() / c_s
     terms = (k, x_s), (b_t - k * b_s, x_0), (a_t - k * a_s, x_T), (omega, eps)
     return sum((expand_to(c, x) * x for c, x in terms), start=torch.zeros_like(x_s))
+
+
+def sample_teacher(
+    teacher: Any,
+    x_T: Tensor,
+    *,
+    sampler: str,
+    nfe: int,
+    noise: Any = None,
+    mask: Tensor | None = None,
+    label: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Interim: the η-sampler alone."""
+    predict = getattr(teacher, "predict_x0", teacher)
+    return sample_dbim(predict, teacher.bridge, Sources(x_T, label, mask), nfe, noise, **options)

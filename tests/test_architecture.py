@@ -10,11 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ibmd_cli"
 LAYERS = (
     ("errors", "figures", "files", "noise", "reporting"),
-    ("bridges", "config", "devices", "images", "launching"),
+    ("bridges", "config", "degradations", "devices", "hub", "images", "launching"),
     ("jobs", "networks"),
     ("distillation",),
     ("samplers",),
     ("models",),
+    ("checkpoints",),
+    ("teachers",),
     ("mosaics", "optimisation", "metrics"),
     ("data", "evaluation", "export", "sampling"),
     ("training",),

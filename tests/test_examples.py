@@ -28,8 +28,8 @@ def test_teacher_is_trained_continued_and_embedded(tmp_path: Path):
         )
     settings = ["--data", tmp_path, "--out", tmp_path / "teacher", "--batch-size", 2, "--every", 1, "--threads", 1]
     for steps in (1, 2):
-        run("outline2emoji/train_teacher.py", *settings, "--steps", steps)
-    run("outline2emoji/embed.py", "teacher", tmp_path / "teacher" / "state.pt", "--out", tmp_path / "assets")
+        run("emoji/train_teacher.py", *settings, "--steps", steps)
+    run("emoji/embed.py", "teacher", tmp_path / "teacher" / "state.pt", "--out", tmp_path / "assets")
     assert load_model(str(tmp_path / "assets" / "teacher"), "teacher").config["training"]["steps"] == 2
 
 

@@ -1,8 +1,8 @@
 """Put a trained teacher, or a student distilled from it, into the package (`ibmd_cli/assets/outline2emoji`).
 
-python examples/outline2emoji/embed.py teacher build/teacher/state.pt
-python examples/outline2emoji/embed.py student runs/outline2emoji/student
-python examples/outline2emoji/embed.py data build/outline2emoji/assets
+python examples/emoji/embed.py teacher build/teacher/state.pt
+python examples/emoji/embed.py student runs/outline2emoji/student
+python examples/emoji/embed.py data build/outline2emoji/assets
 """
 
 import argparse
@@ -25,7 +25,7 @@ tags: [diffusion-bridge, line-art, emoji]
 # outline2emoji, the embedded teacher of ibmd
 
 A conditional VP bridge that colours 32×32 line drawings, trained on OpenMoji 17.0.0 (CC BY-SA 4.0, see
-LICENSE.md beside this folder) by `examples/outline2emoji/train_teacher.py`. Sample it with
+LICENSE.md beside this folder) by `examples/emoji/train_teacher.py`. Sample it with
 `ibmd sample --teacher builtin:outline2emoji --nfe 100`.
 """
 
