@@ -68,6 +68,13 @@ class Bridge(ABC):
         """Return a_t, b_t, c_t of q(x_t | x_0, x_T) at times `t` (B,)."""
 
     @abstractmethod
+    def drift(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f_t = d ln α_t/dt and g_t² = α_t² dρ_t²/dt at times `t` (B,), as float64 (B,).
+
+        The process without pinning is dx = f_t x dt + g_t dw; both are per unit of `t`.
+        """
+
+    @abstractmethod
     def c_noise(self, t: Tensor) -> Tensor:
         """Return the number that stands for time `t` (B,) at the network's time embedding, float32 (B,)."""
 
@@ -144,6 +151,10 @@ class VPBridge(_ContinuousBridge):
         B_t = 0.5 * self.beta_d * t**2 + self.beta_min * t
         return torch.exp(-0.5 * B_t), torch.expm1(B_t).sqrt()
 
+    def drift(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        beta_t = self.beta_min + self.beta_d * t.to(float64_device(t)).double()
+        return -0.5 * beta_t, beta_t
+
 
 @dataclass(frozen=True)
 class VEBridge(_ContinuousBridge):
@@ -157,11 +168,16 @@ class VEBridge(_ContinuousBridge):
         t = t.to(float64_device(t)).double()
         return torch.ones_like(t), t
 
+    def drift(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.to(float64_device(t)).double()
+        return torch.zeros_like(t), 2 * t
+
 
 @dataclass(frozen=True)
 class _Tables:
     """β_n, its two cumulative deviations (both sums include β_n) and the noise levels fed to the network."""
 
+    betas: Tensor
     std_fwd: Tensor
     std_bwd: Tensor
     noise_levels: Tensor
@@ -175,6 +191,7 @@ class _Tables:
         ramp = torch.linspace(*ends, n_steps, dtype=torch.float64, device="cpu") ** 2
         betas = torch.cat([ramp[: n_steps // 2], ramp[: n_steps // 2].flip(0)])
         return _Tables(
+            betas=betas,
             std_fwd=betas.cumsum(0).sqrt(),
             std_bwd=betas.flip(0).cumsum(0).flip(0).sqrt(),
             noise_levels=torch.linspace(1e-4, 1.0, n_steps, dtype=torch.float32, device="cpu") * n_steps,
@@ -203,6 +220,12 @@ class _TabulatedBridge(Bridge):
     def alpha_rho(self, t: Tensor) -> tuple[Tensor, Tensor]:
         rho_t = self._rows(t)[0]
         return torch.ones_like(rho_t), rho_t
+
+    def drift(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # The table is per step, and one unit of DBIM's time is all of its steps (of I2SB's time, one).
+        steps = (self.n_steps - 1) / self.T
+        g2_t = steps * self._tables.betas[self.index(t).cpu()].to(float64_device(t))
+        return torch.zeros_like(g2_t), g2_t
 
     def c_noise(self, t: Tensor) -> Tensor:
         return self._tables.noise_levels[self.index(t).cpu()].to(t.device)

@@ -30,6 +30,7 @@ DEFAULT = "builtin:outline2emoji"
 
 Device = Annotated[str, typer.Option(envvar="IBMD_DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
 Seed = Annotated[int, typer.Option(envvar="IBMD_SEED", help="Seed of all randomness.")]
+Preset = Annotated[str | None, typer.Option(metavar="ALIAS", help="The published teacher that a file of --teacher is.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 Debug = Annotated[bool, typer.Option("--debug", envvar="IBMD_DEBUG", help="Show tracebacks.")]
@@ -56,10 +57,21 @@ def common(
     "Example: ibmd distill --processes all        one process a GPU; or accelerate launch -m ibmd_cli distill"
 )
 def distill(
-    teacher: Annotated[str | None, typer.Option(help="Teacher: builtin:NAME or a model folder.")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help="Folder of source images (repeatable), or builtin:NAME.")
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="builtin:NAME, hub:ALIAS, hf://OWNER/REPO, a model folder, or a published checkpoint."),
     ] = None,
+    preset: Preset = None,
+    head_channels: Annotated[int | None, typer.Option(help="Of a checkpoint's attention, if not its family's.")] = None,
+    attention_order: Annotated[str | None, typer.Option(help="new or legacy, likewise.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder of source images, or of clean ones with --degrade (repeatable); or builtin:NAME."),
+    ] = None,
+    degrade: Annotated[
+        str | None, typer.Option(help="Makes sources of clean images, e.g. jpeg-10; none: they are sources.")
+    ] = None,
+    masks: Annotated[str | None, typer.Option(help="File of free-form masks (.npz).")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/TEACHER")] = None,
     nfe: Annotated[int | None, typer.Option(help="Network calls of the student per image.")] = None,
     steps: Annotated[int | None, typer.Option(help="Student updates (K).")] = None,
@@ -106,12 +118,12 @@ def distill(
     flags["data"] = tuple(data) if data else None
     settings, origins = resolve({k: flags[k] for k in DistillConfig.__annotations__ if k in flags}, os.environ, config)
     if list_teachers:
-        from ibmd_cli.models import list_teachers as known
+        from ibmd_cli.teachers import list_teachers as known
 
         _table("Teachers", known(), as_json, "teachers")
         return
     reporter = Reporter(quiet)
-    out = out or Path("runs") / Path(settings.teacher.rpartition(":")[2]).name
+    out = out or Path("runs") / Path(settings.teacher.rpartition(":")[2]).name.removesuffix(".pt")
     from ibmd_cli.devices import resolve_device
     from ibmd_cli.training import distill as run
     from ibmd_cli.training import plan
@@ -132,8 +144,9 @@ def distill(
 
 @app.command(
     epilog="Example: ibmd sample --input drawing.png\n\n"
-    "Example: ibmd sample --input drawings/ --recursive --output coloured/ --variants 4\n\n"
-    "Example: ibmd sample --input - < drawing.png > coloured.png"
+    "Example: ibmd sample --input drawings/ --recursive --output coloured/ --variants 4 --grid sheet.png\n\n"
+    "Example: ibmd sample --input - < drawing.png > coloured.png\n\n"
+    "Example: find . -name '*.png' -print0 | ibmd sample --files-from - -0 --output coloured/"
 )
 def sample(
     more: Annotated[list[str] | None, typer.Argument(metavar="PATH", help="More inputs.")] = None,
@@ -153,21 +166,61 @@ def sample(
             show_default="NAME.ibmd.png beside the input",
         ),
     ] = None,
+    files_from: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A list of paths, one a line; - for stdin.")
+    ] = None,
+    null: Annotated[bool, typer.Option("--null", "-0", help="The paths of that list end in NUL.")] = False,
+    print0: Annotated[bool, typer.Option("--print0", help="End the paths on stdout in NUL, for xargs -0.")] = False,
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Search folders in folders, too.")] = False,
-    on_exists: Annotated[Literal["error", "skip", "overwrite"], typer.Option(help="If an output exists.")] = "error",
+    on_exists: Annotated[
+        Literal["error", "skip", "overwrite"],
+        typer.Option(help="If an output exists. skip continues an interrupted run, also beside others that do."),
+    ] = "error",
+    format: Annotated[
+        str | None,
+        typer.Option(help="png, jpg, webp, tiff, bmp or avif.", show_default="by the output's name, or png"),
+    ] = None,
+    quality: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=100, help="Of jpg, webp and avif.", show_default="95 for jpg, lossless webp, 90 for avif"
+        ),
+    ] = None,
     student: Annotated[
         str | None,
         typer.Option(help="Student: builtin:NAME, a model folder or a run folder.", show_default=DEFAULT),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Translate with this teacher instead, to compare.")] = None,
+    preset: Preset = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Of the teacher: ddbm, dbim or i2sb.", show_default="the teacher's own")
+    ] = None,
+    sampler_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the sampler, e.g. eta=0 (repeatable).")
+    ] = None,
     nfe: Annotated[int | None, typer.Option(min=1, help="Network calls per image.", show_default="the model's")] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="N|FILE", help="Class, or a CSV file of PATH,CLASS, for models with classes.")
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Hole (white) for inpainting: file, folder of files, or center."),
+    ] = None,
+    degrade: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Inputs are clean: degrade them first, e.g. jpeg-10.")
+    ] = None,
+    alpha: Annotated[
+        Literal["white", "keep", "drop"], typer.Option(help="Transparency: lay on white, keep, or leave out.")
+    ] = "white",
     variants: Annotated[int, typer.Option(min=1, help="Pictures per input: NAME.ibmd.1.png, …")] = 1,
     fit: Annotated[
-        Literal["pad", "stretch", "crop"], typer.Option(help="How an input becomes the model's square.")
+        Literal["pad", "stretch", "crop", "tile"],
+        typer.Option(help="How an input becomes the model's square. tile: many squares, for restoration."),
     ] = "pad",
     restore_size: Annotated[
         bool, typer.Option("--restore-size", help="Give results the size of their inputs.")
     ] = False,
+    grid: Annotated[str | None, typer.Option(metavar="FILE", help="Contact sheet of sources and results.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time on a GPU.")] = 16,
     max_pixels: Annotated[int, typer.Option(min=1, help="Refuse larger inputs.")] = 100_000_000,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first image that fails.")] = False,
@@ -187,21 +240,34 @@ def sample(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with no temporary file left
     config = SampleConfig(
         inputs=(*(inputs or ()), *(more or ())),
+        files_from=files_from,
+        null=null,
         output=output,
+        format=format,
+        quality=quality,
         student=student,
         teacher=teacher,
+        preset=preset,
+        sampler=sampler,
+        sampler_options=tuple(sampler_option or ()),
         nfe=nfe,
+        label=label,
+        mask=mask,
+        degrade=degrade,
+        alpha=alpha,
         recursive=recursive,
         on_exists=on_exists,
         fit=fit,
         restore_size=restore_size,
         variants=variants,
+        grid=grid,
         seed=seed,
         batch_size=batch_size,
         max_pixels=max_pixels,
         device=device,
         fail_fast=fail_fast,
         as_json=as_json,
+        print0=print0,
     )
     raise typer.Exit(run(config, Reporter(quiet)))
 
@@ -222,7 +288,13 @@ def evaluate(
     teacher_nfe: Annotated[
         list[int] | None, typer.Option(help="Network calls of the teacher (repeatable).", show_default="1 5 20 100")
     ] = None,
-    data: Annotated[str, typer.Option(help="builtin:NAME, or a folder with source/ and target/.")] = DEFAULT,
+    preset: Preset = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="builtin:NAME, or a folder with source/ and target/.", show_default="the embedded teacher's test pairs"
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Samples for each source.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Most images at a time.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json and grid.png.")] = None,
@@ -240,7 +312,7 @@ def evaluate(
     from ibmd_cli.figures import tables
 
     nfe = tuple(teacher_nfe) if teacher_nfe else EvalConfig.teacher_nfe
-    config = EvalConfig(student, teacher, nfe, data, samples, batch_size, seed, device, out)
+    config = EvalConfig(student, teacher, nfe, preset, data, samples, batch_size, seed, device, out)
     results = run(config, Reporter(quiet))
     if as_json:
         typer.echo(json.dumps(results, ensure_ascii=False))

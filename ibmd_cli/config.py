@@ -23,7 +23,13 @@ class DistillConfig:
 
     Attributes:
         teacher: reference of the teacher.
+        preset: alias of the published teacher that a checkpoint is like, where its contents cannot tell.
+        head_channels: width of an attention head, where a checkpoint differs from its family; 0: as its family.
+        attention_order: "new" or "legacy", likewise; "": as its family.
         data: folders of source images, or `builtin:NAME`.
+        degrade: name of the degradation that makes sources of clean images (`degradations.DEGRADATIONS`); "" or "none"
+            if `data` are sources already.
+        masks: file of the published free-form masks, for `degrade` "inpaint-freeform1020" and "inpaint-freeform2030".
         nfe: N, network calls of the student per image.
         steps: K, student updates.
         bridge_steps: L, bridge-model updates per student update.
@@ -55,7 +61,12 @@ class DistillConfig:
     """
 
     teacher: str = "builtin:outline2emoji"
+    preset: str = ""
+    head_channels: int = 0
+    attention_order: str = ""
     data: tuple[str, ...] = ()
+    degrade: str = ""
+    masks: str = ""
     nfe: int = 1
     steps: int = 3000
     bridge_steps: int = 5
@@ -98,6 +109,10 @@ class DistillConfig:
             raise UsageError(f"betas: {self.betas} must be at least 0 and less than 1")
         if not 0 <= self.ema < 1:
             raise UsageError(f"--ema: {self.ema} must be at least 0 and less than 1")
+        if self.masks and not self.degrade.startswith("inpaint-freeform"):
+            raise UsageError(
+                f"--masks {self.masks}: only free-form masks come from a file: --degrade inpaint-freeform…"
+            )
 
 
 LEAST = {
@@ -106,8 +121,13 @@ LEAST = {
     **dict.fromkeys(
         ["bridge_warmup", "micro_batch", "lr_warmup", "noise_grid", "noise_init", "weight_power", "clip", "seed"], 0
     ),
+    "head_channels": 0,
 }
-CHOICES = {"lr_decay": ("none", "linear", "cosine"), "precision": ("fp32", "bf16", "fp16")}
+CHOICES = {
+    "attention_order": ("", "new", "legacy"),
+    "lr_decay": ("none", "linear", "cosine"),
+    "precision": ("fp32", "bf16", "fp16"),
+}
 MAY_CHANGE = ("micro_batch", "recompute", "checkpointing", "checkpoint_every", "preview_every", "keep")
 """Settings that a resumed run may have otherwise: they do not change what is learnt."""
 
@@ -133,10 +153,12 @@ def resolve(
     layers.append(("environment", {k: environ[_variable(k)] for k in hints if _variable(k) in environ}))
     if file is not None:
         layers.append((f"config {file}", _read(file)))
-    teacher = next((layer["teacher"] for _, layer in layers if "teacher" in layer), DistillConfig.teacher)
-    presets = load_presets()
-    if teacher in presets:
-        layers.append(("preset", presets[teacher]))
+
+    def given(name: str) -> Any:
+        return next((layer[name] for _, layer in layers if name in layer), None)
+
+    teacher = f"hub:{given('preset')}" if given("preset") else given("teacher") or DistillConfig.teacher
+    layers.append(("preset", _preset(teacher, given("nfe"))))
     values: dict[str, Any] = {}
     origins = dict.fromkeys(hints, "default")
     for origin, layer in reversed(layers):
@@ -146,6 +168,13 @@ def resolve(
                 raise UsageError(f"{origin}: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
             values[name], origins[name] = _convert(name, value, hints[name], origin), origin
     return DistillConfig(**values), origins
+
+
+def _preset(teacher: str, nfe: Any) -> dict[str, Any]:
+    """Return the preset of a teacher, with what it has for students of `nfe` network calls."""
+    preset = load_presets().get(teacher, {})
+    by_nfe = preset.pop("by_nfe", {})
+    return preset | by_nfe.get(str(nfe or preset.get("nfe", DistillConfig.nfe)), {})
 
 
 def load_presets() -> dict[str, dict[str, Any]]:

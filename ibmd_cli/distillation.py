@@ -46,7 +46,7 @@ class Setup:
         bridge: the process q.
         weight: λ(t), times (B,) → positive weights (B,).
         timesteps: T = t_N > … > t_1, the times at which the student is called; (T,) for one step.
-        noise_shape: (C_z, h, w) of z for one image, or None for a student without noise.
+        noise_shape: shape of z for one image, (C_z, h, w), or None for a student without noise.
         t_power: t = T − (T − t_min) u^t_power with u ~ U[0, 1). 1 is the teacher's own density, as in the paper.
             Differs from the paper: larger values draw t towards T, where large flat regions get their colour.
         rollout: how an N-step student is trained. "chain" (App. B.1, I2SB): x_0 is the end of all N steps, and the
@@ -59,7 +59,7 @@ class Setup:
     bridge: Bridge
     weight: Callable[[Tensor], Tensor]
     timesteps: tuple[float, ...]
-    noise_shape: tuple[int, int, int] | None = None
+    noise_shape: tuple[int, ...] | None = None
     t_power: float = 1.0
     rollout: str = "random-step"
     transition: str = "marginal"

@@ -24,10 +24,11 @@ from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import atomic_file
 from ibmd_cli.images import find_images, read_image, shown, to_uint8
 from ibmd_cli.metrics import EffLite0, estimate
-from ibmd_cli.models import Student, Teacher, load_model, resolve, sha256
+from ibmd_cli.models import Model, Student, Teacher, load_model, sha256
 from ibmd_cli.mosaics import Pairs, embedded_pairs, labelled_grid
 from ibmd_cli.noise import stream
 from ibmd_cli.reporting import Reporter
+from ibmd_cli.teachers import load_teacher
 
 MIN_IMAGES = 10
 GRID_COLUMNS = 12
@@ -42,7 +43,9 @@ class EvalConfig:
         student: reference of the student, or "none".
         teacher: reference of the teacher, "none", or None for the one that the student was distilled from.
         teacher_nfe: numbers of network calls at which the teacher is sampled.
-        data: `builtin:NAME`, or a folder with the subfolders source/ and target/ of equal file names.
+        preset: alias of the published teacher that a checkpoint is like, where its contents cannot tell.
+        data: `builtin:NAME`, or a folder with the subfolders source/ and target/ of equal file names; None for the test
+            pairs of the embedded teacher that is measured, or that the student was distilled from.
         samples: m, draws for each source (one for a model without randomness).
         batch_size: most images at a time.
         seed: of all randomness.
@@ -53,7 +56,8 @@ class EvalConfig:
     student: str = BUILTIN
     teacher: str | None = None
     teacher_nfe: tuple[int, ...] = (1, 5, 20, 100)
-    data: str = BUILTIN
+    preset: str | None = None
+    data: str | None = None
     samples: int = 4
     batch_size: int = 64
     seed: int = 0
@@ -132,8 +136,9 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     device = resolve_device(config.device)
     network = EffLite0(device)
     entries = load_entries(config, device, reporter)
-    pairs = load_pairs(config.data, entries[0].model.image_size)
-    reporter.note(f"evaluating on {len(pairs.names)} pairs of {config.data}, device {device}")
+    data = config.data or _own_data(entries)
+    pairs = load_pairs(data, entries[0].model.image_size)
+    reporter.note(f"evaluating on {len(pairs.names)} pairs of {data}, device {device}")
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
     truth = measure(entries, pairs, network, config, device, reporter)
@@ -141,7 +146,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         "schema": 1,
         "ibmd_version": __version__,
         "settings": {
-            "data": config.data,
+            "data": data,
             "images": len(pairs.names),
             "size": list(pairs.x_0.shape[2:]),
             "samples": config.samples,
@@ -150,7 +155,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "batch_size": len(entries[0].images[0]),
         },
-        "protocol": metrics.protocols(config.data, pairs.x_0.shape, config.samples),
+        "protocol": metrics.protocols(data, pairs.x_0.shape, config.samples),
         **summarise(entries, truth, config.seed),
     }
     if config.out is not None:
@@ -165,27 +170,28 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
 def load_entries(config: EvalConfig, device: torch.device, reporter: Reporter) -> list[Entry]:
     """Load the models and list what is measured: the student, then the teacher at each number of calls."""
     entries = []
-    reference, recorded = config.teacher, None
+    reference, preset, recorded = config.teacher, config.preset, None
     if config.student != "none":
         student = load_model(config.student, "student")
         assert isinstance(student, Student)
         random = student.nfe > 1 or student.setup.noise_shape is not None
         samples = config.samples if random else 1
-        entries.append(Entry(student, config.student, _digest(config.student, "student"), student.nfe, samples))
+        entries.append(Entry(student, config.student, _digest(student), student.nfe, samples))
         if reference is None:
             reference, recorded = student.config["teacher"]["reference"], student.config["teacher"]["sha256"]
+            preset = preset or student.config["training"].get("preset") or None
     if reference != "none":
         reference = reference or BUILTIN
         try:
-            teacher = load_model(reference, "teacher")
+            teacher = load_teacher(reference, preset=preset, quiet=reporter.quiet)
         except NotAvailable as error:
             if recorded is None:
                 raise
             raise NotAvailable(f"the student's teacher: {error}; name it with --teacher (or none)") from error
-        digest = _digest(reference, "teacher")
+        digest = _digest(teacher)
         if recorded not in (None, digest):
             reporter.warn(f"{config.student} was distilled from other weights of {reference} than are there now")
-        for nfe in sorted(set(config.teacher_nfe)):
+        for nfe in sorted({teacher.network_calls(nfe) for nfe in config.teacher_nfe}):
             entries.append(Entry(teacher, reference, digest, nfe, config.samples if nfe > 1 else 1))
     size = entries[0].model.image_size
     for entry in entries:
@@ -197,9 +203,18 @@ def load_entries(config: EvalConfig, device: torch.device, reporter: Reporter) -
     return entries
 
 
-def _digest(reference: str, kind: str) -> str:
-    path = resolve(reference, kind)
-    return sha256(path if path.is_file() else path / "model.safetensors")
+def _digest(model: Model) -> str:
+    assert model.weights is not None
+    return sha256(model.weights)
+
+
+def _own_data(entries: list[Entry]) -> str:
+    """Return the embedded data that belong to the models."""
+    for entry in entries:
+        reference = entry.reference if entry.kind == "teacher" else entry.model.config["teacher"]["reference"]
+        if reference.startswith("builtin:"):
+            return reference
+    raise UsageError("--data: no test pairs belong to these models: give a folder with source/ and target/")
 
 
 def load_pairs(data: str, size: int) -> Pairs:

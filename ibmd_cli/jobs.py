@@ -1,4 +1,9 @@
-"""What `ibmd sample` is to do: which pictures are made from which inputs, and where they go."""
+r"""What `ibmd sample` is to do: which pictures are made from which inputs, and where they go.
+
+Inputs, by rule: folders are searched for names that end as images do, hidden ones, links to folders, and what is no
+regular file passed over; a path that is given by itself, or in a list, is taken whatever its name. Names are bytes,
+and need not be UTF-8: on stdout they are what they were, and in JSON a byte that is not UTF-8 is `\udcXX`.
+"""
 
 import glob
 import os
@@ -8,8 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from PIL import Image
+
+from ibmd_cli.decoding import MAX_PIXELS, shown
+from ibmd_cli.encoding import LOSSY, OPAQUE, WRITABLE
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.images import MAX_PIXELS, WRITABLE, WRITTEN, find_images, shown
+from ibmd_cli.images import WRITTEN, find_images
 
 
 @dataclass(frozen=True)
@@ -18,52 +27,117 @@ class SampleConfig:
 
     Attributes:
         inputs: files, folders, globs, or "-" (image bytes on stdin).
+        files_from: file with a list of files and folders, one a line; "-": stdin.
+        null: paths of that list end in NUL, not in a new line.
         output: a file (if it ends as an image does), a folder, "-" (image bytes on stdout), or None: beside the input.
+        format: of the outputs, an ending that `WRITABLE` knows, without its dot; None: what the name of `output` says,
+            or PNG.
+        quality: 1 … 100, of a lossy format; None for its default.
         student: reference; None for the embedded one. Not together with `teacher`.
         teacher: reference of a teacher to translate with instead.
+        preset: alias of the published teacher that a file is, where its content cannot tell.
+        sampler: of the teacher; None for its own.
+        sampler_options: of the sampler, "KEY=VALUE" each.
         nfe: network calls per image; None for what the model says.
+        label: class: a number, or a CSV file with lines PATH,CLASS.
+        mask: "center", a file, or a folder with a mask for each input; white is the hole.
+        degrade: inputs are clean, and degraded first, see `degradations.DEGRADATIONS`.
+        alpha: "white", "drop" or "keep", see `decoding.decode`.
         recursive: search folders in folders.
         on_exists: "error", "skip" or "overwrite".
-        fit: "pad", "stretch" or "crop", see `images.fit`.
+        fit: "pad", "stretch", "crop" or "tile", see `images.fit`.
         restore_size: give results the size of their inputs; otherwise they have the model's.
         variants: pictures per input, each from noise of its own.
+        grid: file of a contact sheet of sources and results.
         seed: of all noise.
         batch_size: images in the network at once. On a CPU, the model's image size decides alone.
         max_pixels: larger inputs are refused.
         device: see `devices.resolve_device`.
         fail_fast: stop at the first image that fails.
         as_json: on stdout, a JSON object for each picture instead of its path.
+        print0: paths on stdout end in NUL, not in a new line.
     """
 
-    inputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    files_from: str | None = None
+    null: bool = False
     output: str | None = None
+    format: str | None = None
+    quality: int | None = None
     student: str | None = None
     teacher: str | None = None
+    preset: str | None = None
+    sampler: str | None = None
+    sampler_options: tuple[str, ...] = ()
     nfe: int | None = None
+    label: str | None = None
+    mask: str | None = None
+    degrade: str | None = None
+    alpha: str = "white"
     recursive: bool = False
     on_exists: str = "error"
     fit: str = "pad"
     restore_size: bool = False
     variants: int = 1
+    grid: str | None = None
     seed: int = 0
     batch_size: int = 16
     max_pixels: int = MAX_PIXELS
     device: str = "auto"
     fail_fast: bool = False
     as_json: bool = False
+    print0: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant together."""
-        if not self.inputs:
+        if not self.inputs and self.files_from is None:
             raise UsageError("no input: give files, folders or globs, or - for an image on stdin: --input drawing.png")
+        if "-" in self.inputs and self.files_from == "-":
+            raise UsageError("--input - and --files-from -: stdin is an image or a list; give the list as a file")
         if "-" in self.inputs and sys.stdin.isatty():
             raise UsageError("--input -: stdin is a terminal; pipe an image in: ibmd sample --input - < drawing.png")
+        if self.files_from == "-" and sys.stdin.isatty():
+            raise UsageError("--files-from -: stdin is a terminal; pipe paths in: find . -print0 | ibmd sample …")
+        if self.null and self.files_from is None:
+            raise UsageError("--null: says how the list of --files-from is separated; for paths on stdout: --print0")
         if self.student is not None and self.teacher is not None:
             raise UsageError("--student and --teacher: only one of them translates; run the command once for each")
+        for option in ("preset", "sampler", "sampler_options"):
+            if getattr(self, option) and self.teacher is None:
+                raise UsageError(f"--{option.replace('_', '-').rstrip('s')}: is for a teacher; give --teacher, too")
         if self.to_stdout and self.as_json:
             raise UsageError("--json: image bytes already go to stdout; give --output FILE")
         if self.to_stdout and sys.stdout.isatty():
             raise UsageError("stdout is a terminal: expected a file for the image bytes; give --output FILE")
+        self._check_format()
+
+    def _check_format(self) -> None:
+        known = ", ".join(suffix[1:] for suffix in WRITABLE)
+        if self.format is not None and f".{self.format}" not in WRITABLE:
+            raise UsageError(f"--format {self.format}: expected one of {known}")
+        if self.output not in (None, "-") and not _is_folder(str(self.output)):
+            ending = PurePath(str(self.output)).suffix
+            if self.format and WRITABLE.get(ending.lower()) != WRITABLE[f".{self.format}"]:
+                raise UsageError(f"--output {shown(str(self.output))}: ends in {ending}, but --format is {self.format}")
+        if self.suffix not in WRITABLE:
+            return  # told with the inputs in view
+        form = WRITABLE[self.suffix][0]
+        Image.init()
+        if form not in Image.SAVE:
+            raise UsageError(f"{form}: this Pillow cannot write it; choose another --format")
+        if self.quality is not None and self.suffix not in LOSSY:
+            raise UsageError(f"--quality {self.quality}: {form} has none; with --format {', '.join(LOSSY)} it has")
+        if self.alpha == "keep" and self.suffix in OPAQUE:
+            raise UsageError(f"--alpha keep: {form} holds no transparency; choose --format png or --alpha white")
+
+    @property
+    def suffix(self) -> str:
+        """Ending of the outputs' names, in lower case."""
+        if self.format is not None:
+            return f".{self.format}"
+        if self.output in (None, "-") or _is_folder(str(self.output)):
+            return ".png"
+        return PurePath(str(self.output)).suffix.lower()
 
     @property
     def to_stdout(self) -> bool:
@@ -99,8 +173,13 @@ class Plan:
     problems: list[tuple[str, IbmdError]] = field(default_factory=list)
 
 
-def make_plan(config: SampleConfig) -> Plan:
+def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Plan:
     """Find the inputs, map them to outputs, and refuse conflicts.
+
+    Args:
+        config: what is asked for.
+        process: number of this process, from 0, which takes its share of the inputs.
+        processes: how many there are.
 
     Returns:
         The plan, the variants of a source one after the other.
@@ -117,25 +196,24 @@ def make_plan(config: SampleConfig) -> Plan:
         plan.jobs = jobs
         return plan
     jobs = _unique(jobs)
+    grid = _check_grid(jobs, config)
+    mine = {source for i, source in enumerate(dict.fromkeys(job.source for job in jobs)) if i % processes == process}
+    jobs = [job for job in jobs if job.source in mine]
     there = {job for job in jobs if os.path.lexists(str(job.output))}
-    if there and config.on_exists == "error":
-        first = next(job for job in jobs if job in there)
-        more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
-        raise IbmdError(f"{shown(str(first.output))}{more}: exists already; choose --on-exists skip or overwrite")
+    if config.on_exists == "error" and (outputs := [str(job.output) for job in jobs if job in there] + grid):
+        more = f" (and {len(outputs) - 1} more)" if len(outputs) > 1 else ""
+        raise IbmdError(f"{shown(outputs[0])}{more}: exists already; choose --on-exists skip or overwrite")
     if config.on_exists == "skip":
         plan.skipped = [job for job in jobs if job in there]
         jobs = [job for job in jobs if job not in there]
     plan.jobs = jobs
+    if process > 0:
+        plan.problems = []  # the first tells them
     return plan
 
 
 def _find(config: SampleConfig, problems: list[tuple[str, IbmdError]]) -> Iterator[Source]:
     """Yield the sources of each input in turn, and note inputs that have none."""
-
-    def unreadable(error: OSError) -> None:
-        problems.append((error.filename, IbmdError(f"{shown(error.filename)}: cannot be listed ({error.strerror})")))
-
-    without = Path(config.output) if config.output else None
     for text in config.inputs:
         if text == "-":
             yield Source(None, "stdin")
@@ -147,13 +225,41 @@ def _find(config: SampleConfig, problems: list[tuple[str, IbmdError]]) -> Iterat
         if not matches:
             problems.append((text, IbmdError(f"{shown(text)}: no such file or folder, and nothing matches it")))
         for path in map(Path, matches):
-            before = len(problems)
-            found = find_images(path, config.recursive, without, unreadable)
-            if not found and len(problems) == before:
-                deeper = "" if config.recursive else "; --recursive searches the folders in it"
-                problems.append((str(path), IbmdError(f"{shown(path)}: no images in this folder{deeper}")))
-            root = base or (path if path.is_dir() else path.parent)
+            root = base or (path if os.path.isdir(path) else path.parent)
+            found = _images(path, config, problems)
             yield from (Source(file, file.relative_to(root).as_posix()) for file in found)
+    for path in _listed(config):
+        whole = not path.is_absolute() and ".." not in path.parts  # then its place in the tree is kept
+        root = Path() if whole else path if os.path.isdir(path) else path.parent
+        yield from (Source(file, file.relative_to(root).as_posix()) for file in _images(path, config, problems))
+
+
+def _images(path: Path, config: SampleConfig, problems: list[tuple[str, IbmdError]]) -> list[Path]:
+    """List the images that a path stands for, and note if there are none."""
+
+    def unreadable(error: OSError) -> None:
+        problems.append((error.filename, IbmdError(f"{shown(error.filename)}: cannot be listed ({error.strerror})")))
+
+    before = len(problems)
+    found = find_images(path, config.recursive, Path(config.output) if config.output else None, unreadable)
+    if not found and len(problems) == before:
+        deeper = "" if config.recursive else "; --recursive searches the folders in it"
+        problems.append((str(path), IbmdError(f"{shown(path)}: no images in this folder{deeper}")))
+    return found
+
+
+def _listed(config: SampleConfig) -> Iterator[Path]:
+    """Yield the paths that `--files-from` lists; empty ones are none."""
+    if config.files_from is None:
+        return
+    try:
+        content = sys.stdin.buffer.read() if config.files_from == "-" else Path(config.files_from).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--files-from {shown(config.files_from)}: cannot be read ({error.strerror})") from error
+    if not config.null and b"\0" in content:
+        raise UsageError(f"--files-from {shown(config.files_from)}: paths end in NUL: add --null")
+    lines = content.split(b"\0") if config.null else content.splitlines()
+    yield from (Path(os.fsdecode(line)) for line in lines if line)
 
 
 def _fixed_part(pattern: str) -> Path:
@@ -174,7 +280,7 @@ def _check_output(sources: Sequence[Source], config: SampleConfig) -> None:
     elif config.output is not None:
         output, name = Path(config.output), shown(config.output)
         if _is_folder(config.output):
-            if output.exists() and not output.is_dir():
+            if os.path.lexists(output) and not os.path.isdir(output):
                 raise UsageError(f"--output {name}: is a file; expected a folder, or a name with {endings}")
         elif output.suffix.lower() not in WRITABLE:
             raise UsageError(f"--output {name}: expected a name with {endings}, or a folder with / at its end")
@@ -192,10 +298,10 @@ def _output(source: Source, variant: int, config: SampleConfig) -> Path | None:
     if config.to_stdout:
         return None
     if config.output is None:
-        return Path(str(source)).with_name(f"{name.stem}.ibmd{mark}.png")
+        return Path(str(source)).with_name(f"{name.stem}.ibmd{mark}{config.suffix}")
     output = Path(config.output)
     if _is_folder(config.output):
-        return output / name.with_name(f"{name.stem}{mark}.png")
+        return output / name.with_name(f"{name.stem}{mark}{config.suffix}")
     return output.with_name(f"{output.stem}{mark}{output.suffix}")
 
 
@@ -215,6 +321,20 @@ def _unique(jobs: Sequence[Job]) -> list[Job]:
                 f"translate them in two runs with different --output, or give the folder above them as --input"
             )
     return list(makers.values())
+
+
+def _check_grid(jobs: Sequence[Job], config: SampleConfig) -> list[str]:
+    """Refuse a contact sheet that is an input or an output; return its name if it exists."""
+    if config.grid is None:
+        return []
+    grid, place = shown(config.grid), os.path.realpath(config.grid)
+    if PurePath(config.grid).suffix.lower() not in WRITABLE:
+        raise UsageError(f"--grid {grid}: expected the name of a picture, e.g. sheet.png")
+    for job in jobs:
+        for path in (str(job.source), str(job.output)):
+            if os.path.realpath(path) == place:
+                raise UsageError(f"--grid {grid}: is {shown(path)}, an input or output; give another name")
+    return [config.grid] if os.path.lexists(config.grid) else []
 
 
 def _same(one: Source, other: Source) -> bool:

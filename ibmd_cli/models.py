@@ -1,14 +1,14 @@
 """Model folders (teacher or student) and the references that name them.
 
 A model folder holds `config.json` (what the model is), `model.safetensors` (its weights) and `README.md` (its card).
-A reference is `builtin:NAME`, or the path of a model folder or of a run folder (its student).
+A reference is `builtin:NAME`, `hf://OWNER/REPO`, or the path of a model folder or of a run folder (its student).
 """
 
 import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -20,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ibmd_cli import __version__
+from ibmd_cli import __version__, hub
 from ibmd_cli.bridges import Bridge
 from ibmd_cli.distillation import Setup, Sources, translate
 from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.files import atomic_folder
 from ibmd_cli.networks import Predictor, make_predictor
 from ibmd_cli.noise import Streams
-from ibmd_cli.samplers import sample_teacher
+from ibmd_cli.samplers import network_calls, sample_teacher
 
 FORMAT_VERSION = 1
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,10 +40,17 @@ class Model:
     Attributes:
         predictor: x̂_0 (teacher) or G_θ (student), in eval mode, float32.
         config: the content of `config.json`.
+        weights: the file that the weights were loaded from, if any.
     """
 
     predictor: Predictor
     config: dict[str, Any]
+    weights: Path | None = None
+
+    @property
+    def source_scale(self) -> int:
+        """Side of a result in units of its source's: 4 for 4× super-resolution, whose sources come enlarged."""
+        return int(self.config["image"].get("source_scale", 1))
 
     @property
     def image_size(self) -> int:
@@ -96,14 +103,22 @@ class Teacher(Model):
             sampler: see `samplers.SAMPLERS`; None for what `config.json` says, with its options.
             options: of the sampler.
         """
+        sampler, nfe, options = self._sampling(nfe, sampler, options)
+        x_0 = sample_teacher(
+            self, batch.x_T, sampler=sampler, nfe=nfe, noise=rng, mask=batch.mask, label=batch.label, **options
+        )
+        return x_0.clamp(-1, 1)
+
+    def network_calls(self, nfe: int | None = None, sampler: str | None = None, **options: Any) -> int:
+        """Return how many network calls `translate` makes: Heun's come in groups, so it may not be `nfe`."""
+        sampler, nfe, options = self._sampling(nfe, sampler, options)
+        return network_calls(sampler, nfe, **options)
+
+    def _sampling(self, nfe: int | None, sampler: str | None, options: dict[str, Any]) -> tuple[str, int, Any]:
+        """Fill in what `config.json` says; its options are those of its own sampler."""
         settings = dict(self.config["sampling"])
         own, calls = settings.pop("sampler"), settings.pop("nfe")
-        options = {**(settings if sampler in (None, own) else {}), **options}
-        x_0 = sample_teacher(
-            self, batch.x_T, sampler=sampler or own, nfe=nfe or calls, noise=rng,
-            mask=batch.mask, label=batch.label, **options,
-        )  # fmt: skip
-        return x_0.clamp(-1, 1)
+        return sampler or own, nfe or calls, {**(settings if sampler in (None, own) else {}), **options}
 
 
 class Student(Model):
@@ -154,17 +169,29 @@ def save_model(model: Model, folder: Path, *, dtype: str = "fp32", card: str | N
         dtype: of the weights on disk, a key of `DTYPES`.
         card: text of README.md.
     """
+    save_folder(folder, model.config, _weights(model, dtype), card)
+
+
+def save_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str | None = None) -> None:
+    """Write a model folder from its parts, as `save_model`. Tensors that are mapped from a file are not copied."""
     with atomic_folder(folder) as new:
-        (new / "config.json").write_text(json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
-        save_weights(model, new / "model.safetensors", dtype)
-        (new / "README.md").write_text(card or f"# {model.name}\n\nLicence: {model.config['licence']}.\n")
+        (new / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        _save_tensors(tensors, config, new / "model.safetensors")
+        (new / "README.md").write_text(card or f"# {config['name']}\n\nLicence: {config['licence']}.\n")
 
 
 def save_weights(model: Model, file: Path, dtype: str) -> None:
     """Write the weights as safetensors, with the configuration as metadata."""
-    tensors = {key: v.detach().to("cpu", DTYPES[dtype]).contiguous() for key, v in model.predictor.state_dict().items()}
+    _save_tensors(_weights(model, dtype), model.config, file)
+
+
+def _weights(model: Model, dtype: str) -> dict[str, Tensor]:
+    return {key: v.detach().to("cpu", DTYPES[dtype]).contiguous() for key, v in model.predictor.state_dict().items()}
+
+
+def _save_tensors(tensors: dict[str, Tensor], config: dict[str, Any], file: Path) -> None:
     try:
-        save_file(tensors, file, metadata={"format": "pt", "ibmd": json.dumps(model.config, ensure_ascii=False)})
+        save_file(tensors, file, metadata={"format": "pt", "ibmd": json.dumps(config, ensure_ascii=False)})
     except SafetensorError as error:
         raise IbmdError(f"{file}: cannot be written ({error}): is the disk full?") from error
     file.chmod(0o644)  # safetensors writes for the owner alone
@@ -201,33 +228,44 @@ def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
         other = "teacher" if is_teacher else "student"
         raise IbmdError(f"{reference}: a {other}, where a {kind} is needed. Name it with --{other}")
     try:
-        predictor = make_predictor(config)
+        with torch.device("meta"):  # no weights yet: they are in the file
+            predictor = make_predictor(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise IbmdError(f"{path}: config.json does not describe a model ({type(error).__name__}: {error})") from error
     load_weights(predictor, file)
-    return (Teacher if is_teacher else Student)(predictor.eval(), config)
+    return (Teacher if is_teacher else Student)(predictor.eval(), config, file)
 
 
 def load_weights(predictor: Predictor, file: Path) -> None:
-    """Copy the tensors of a safetensors file into `predictor`, refusing any that is missing, extra or misshapen."""
-    want = predictor.state_dict()
+    """Give memory to `predictor`, which is on the meta device, and fill it from a safetensors file.
+
+    Raises:
+        IbmdError: a tensor is missing, extra or misshapen, or the file cannot be read.
+    """
+    want = {key: tuple(v.shape) for key, v in predictor.state_dict().items()}
     try:
         with safe_open(file, framework="pt") as tensors:
             have = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-            wrong = [f"{key} (missing)" for key in want if key not in have]
-            wrong += [f"{key} (extra)" for key in have if key not in want]
-            wrong += [
-                f"{key} ({list(have[key])}, expected {list(v.shape)})"
-                for key, v in want.items()
-                if key in have and have[key] != tuple(v.shape)
-            ]
-            if wrong:
-                more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-                raise IbmdError(f"{file}: tensors do not fit config.json: {', '.join(wrong[:5])}{more}")
-            for key, v in want.items():
+        if wrong := misfits(have, want):
+            raise IbmdError(f"{file}: tensors do not fit config.json: {wrong}")
+        for key, v in predictor.to_empty(device="cpu").state_dict().items():
+            # Opened anew for each: what was read through a mapping stays in memory until the file is closed.
+            with safe_open(file, framework="pt") as tensors:
                 v.copy_(tensors.get_tensor(key))
     except (OSError, SafetensorError) as error:
         raise IbmdError(f"{file}: cannot be read as safetensors ({error})") from error
+
+
+def misfits(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> str:
+    """List the tensors that are missing, extra or misshapen: the first five, and how many more. "" if none is."""
+    wrong = [f"{key} (missing)" for key in want if key not in have]
+    wrong += [f"{key} (extra)" for key in have if key not in want]
+    wrong += [
+        f"{key} ({list(have[key])}, expected {list(shape)})"
+        for key, shape in want.items()
+        if have.get(key, shape) != shape
+    ]
+    return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -272,8 +310,8 @@ def builtin_names() -> Iterator[str]:
     yield from sorted(folder.name for folder in assets().iterdir() if (folder / "teacher").is_dir())
 
 
-def list_teachers() -> list[dict[str, Any]]:
-    """Return a row for each known teacher: reference, task, size, kind, parameters, source, licence, paper row."""
+def list_builtin() -> list[dict[str, Any]]:
+    """Return a row for each embedded teacher: what it is, its size, licence and data."""
     rows = []
     for name in builtin_names():
         folder = assets() / name / "teacher"
@@ -287,19 +325,27 @@ def list_teachers() -> list[dict[str, Any]]:
                 "pixels": config["image"]["size"],
                 "kind": f"{'conditional' if config['conditional'] else 'unconditional'} {config['bridge']['kind']}",
                 "parameters": sum(math.prod(shape) for shape in shapes),
+                "bytes": (folder / "model.safetensors").stat().st_size,
                 "source": "embedded",
                 "licence": config["licence"],
                 "paper row": "-",
+                "dataset": "OpenMoji 17",
             }
         )
     return rows
+
+
+def is_model(path: Path) -> bool:
+    """Tell whether a path is a model folder of ibmd."""
+    return (path / "config.json").is_file() and (path / "model.safetensors").is_file()
 
 
 def resolve(reference: str, kind: str | None = None) -> Path:
     """Return the model folder (or safetensors file) that a reference names.
 
     Args:
-        reference: `builtin:NAME`, a model folder, a run folder, or a file written by `ibmd export`.
+        reference: `builtin:NAME`, `hf://OWNER/REPO[@REV][/FILE]`, a model folder, a run folder, or a file written by
+            `ibmd export`.
         kind: "teacher" or "student": which of the two an embedded name means.
 
     Raises:
@@ -308,11 +354,14 @@ def resolve(reference: str, kind: str | None = None) -> Path:
     known = [f"builtin:{name}" for name in builtin_names()]
     if reference in known:
         return assets() / reference.removeprefix("builtin:") / (kind or "student")
+    if reference.startswith("hf://"):
+        repo, revision, file = hub.parse_hf(reference)
+        return hub.download(repo, file, revision=revision) if file else hub.snapshot(repo, revision)
     path = Path(reference)
     if path.is_file() and path.suffix == ".safetensors":
         return path
     for folder in (path, path / "student"):
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        if is_model(folder):
             return folder
     if path.exists():
         raise NotAvailable(

@@ -41,8 +41,8 @@ def embedded_pairs(name: str = "outline2emoji") -> Pairs:
     """
     folder, index = _index(name)
     names = index["test"]["names"]
-    x_T, x_0 = (_tiles(folder / f"test-{side}.png", index, len(names)) for side in ("sources", "targets"))
-    return Pairs(names, x_T, x_0)
+    x_T = _tiles(folder / "test-sources.png", index, len(names), index.get("source_scale", 1))
+    return Pairs(names, x_T, _tiles(folder / "test-targets.png", index, len(names)))
 
 
 def embedded_sources(name: str = "outline2emoji") -> Tensor:
@@ -56,7 +56,8 @@ def embedded_sources(name: str = "outline2emoji") -> Tensor:
     """
     folder, index = _index(name)
     sources = index["sources"]
-    return _tiles(folder / "sources.png", index, len(sources["names"]) * sources["variants"])
+    count = len(sources["names"]) * sources["variants"]
+    return _tiles(folder / "sources.png", index, count, index.get("source_scale", 1))
 
 
 def _index(name: str) -> tuple[Path, dict[str, Any]]:
@@ -68,14 +69,22 @@ def _index(name: str) -> tuple[Path, dict[str, Any]]:
     return file.parent, json.loads(file.read_text())
 
 
-def _tiles(file: Path, index: dict[str, Any], count: int) -> Tensor:
-    """Cut a mosaic into its first `count` tiles, row by row, uint8 (count, 3, tile, tile)."""
-    tile, columns = index["tile"], index["columns"]
+def _tiles(file: Path, index: dict[str, Any], count: int, scale: int = 1) -> Tensor:
+    """Cut a mosaic into its first `count` tiles, row by row, uint8 (count, 3, tile, tile).
+
+    The tiles of low-resolution sources are stored smaller by `scale`, and enlarged by repetition of pixels.
+    """
+    tile, columns = index["tile"] // scale, index["columns"]
     with Image.open(file) as image:
         pixels = torch.from_numpy(np.array(image))
     rows = len(pixels) // tile
     tiles = pixels.reshape(rows, tile, columns, tile, -1).permute(0, 2, 4, 1, 3).flatten(0, 1)
-    return tiles[:count].expand(-1, 3, -1, -1)
+    return enlarge(tiles[:count].expand(-1, 3, -1, -1), scale)
+
+
+def enlarge(x: Tensor, scale: int) -> Tensor:
+    """Enlarge images (N, C, h, w) by repetition of pixels to (N, C, scale·h, scale·w)."""
+    return x if scale == 1 else x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
 def labelled_grid(rows: Mapping[str, Tensor], side: int = 96, gap: int = 4) -> Image.Image:
@@ -91,8 +100,7 @@ def labelled_grid(rows: Mapping[str, Tensor], side: int = 96, gap: int = 4) -> I
     margin = 2 * gap + int(max(font.getlength(label) for label in rows))
     strips = []
     for images in rows.values():
-        big = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        strips.append(F.pad(big, (0, gap, 0, gap), value=255).permute(2, 0, 3, 1).flatten(1, 2))
+        strips.append(F.pad(enlarge(images, scale), (0, gap, 0, gap), value=255).permute(2, 0, 3, 1).flatten(1, 2))
     pixels = F.pad(torch.cat(strips), (0, 0, margin, 0, gap, 0), value=255)
     picture = Image.fromarray(pixels.numpy())
     draw = ImageDraw.Draw(picture)

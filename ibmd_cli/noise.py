@@ -6,13 +6,17 @@ are drawn on the CPU: every device sees the same ones.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 Streams = torch.Generator | Sequence[torch.Generator]
 """One random stream for a whole batch, or one for each image."""
+
+Noise = Streams | Tensor | Sequence[Tensor] | Callable[[int], Tensor] | None
+"""Where a sampler's noise comes from: see `draws`."""
 
 
 def stream(seed: int, *place: int | str) -> torch.Generator:
@@ -31,3 +35,34 @@ def randn(shape: Sequence[int], rng: Streams) -> Tensor:
 def noise_like(x: Tensor, rng: Streams) -> Tensor:
     """Draw ε ~ N(0, I) with the shape, dtype and device of `x`."""
     return randn(x.shape, rng).to(x)
+
+
+def draws(noise: Noise, x: Tensor, count: int) -> Iterator[Tensor]:
+    """Return `count` successive draws of ε ~ N(0, I), each with the shape, dtype and device of `x`.
+
+    Args:
+        noise: random streams, drawn from in turn (None: `stream(0)`); or the draws themselves, for comparison with
+            other code: a sequence, a stacked tensor (dim 0 = draw), or a function of the number of the draw, from 0.
+        x: what the draws are to fit, (B, …).
+        count: how many there will be.
+
+    Raises:
+        ValueError: fewer than `count` tensors are given, or one does not have the shape of `x`.
+    """
+    if noise is None:
+        noise = stream(0)
+    if callable(noise):
+        return (_shaped(noise(k), x) for k in range(count))
+    if isinstance(noise, torch.Generator) or (len(noise) and isinstance(noise[0], torch.Generator)):
+        rng = cast(Streams, noise)
+        return (_shaped(noise_like(x, rng), x) for _ in range(count))
+    tensors = cast(Sequence[Tensor], noise)  # a stacked tensor, too
+    if len(tensors) < count:
+        raise ValueError(f"{len(tensors)} tensors of noise are given, expected {count}")
+    return (_shaped(tensors[k], x) for k in range(count))
+
+
+def _shaped(eps: Tensor, x: Tensor) -> Tensor:
+    if eps.shape != x.shape:
+        raise ValueError(f"a draw of noise has the shape {list(eps.shape)}, expected {list(x.shape)}")
+    return eps.to(x)

@@ -1,43 +1,52 @@
-"""Translate image files: read, translate and write them batch by batch, and report on each.
+"""Translate image files: read, translate and write them, all three at the same time, and report on each.
 
-Every picture has noise of its own, a stream named by seed, name and variant; and on a CPU the network always takes
-the same number of images at once. So a picture depends neither on its batch nor on the order of the inputs.
+Threads read ahead of the network and write behind it, never more than a few batches, so memory does not grow with the
+number of files. Results are reported in the order of the inputs.
 """
 
 import errno
-import io
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import groupby, islice
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from PIL import Image
-from torch import Tensor
 
+from ibmd_cli import __version__
+from ibmd_cli.decoding import own_limits, shown
 from ibmd_cli.devices import resolve_device
-from ibmd_cli.distillation import Sources
+from ibmd_cli.encoding import SOFTWARE, encode
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import atomic_file
-from ibmd_cli.images import Geometry, decode, encode, fit, own_limits, read_image, shown, to_image, unfit
-from ibmd_cli.jobs import Job, SampleConfig, make_plan
+from ibmd_cli.jobs import Job, Plan, SampleConfig, make_plan
 from ibmd_cli.models import Student, Teacher, load_model
-from ibmd_cli.noise import stream
+from ibmd_cli.reading import Inputs, Read
 from ibmd_cli.reporting import Meter, Reporter
+from ibmd_cli.sharing import Claims, company, place
+from ibmd_cli.sheets import Sheet
+from ibmd_cli.teachers import load_teacher
+from ibmd_cli.translating import Piece, Translator
 
 STUDENT = "builtin:outline2emoji"
-CPU_BATCH_PIXELS = 8 * 32 * 32  # fills a core with small images; large ones go one by one
+READERS, WRITERS = 4, 16  # threads; those that write mostly wait for the disk, and the disk serves many at once
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 def sample(config: SampleConfig, reporter: Reporter) -> int:
     """Translate images.
 
     stdout gets the path of each output as it is finished (or JSON lines, or image bytes), stderr the failures.
+    Processes that were started together share the inputs; the first returns when the last is done.
 
     Returns:
         Exit code: 0, or 3 if some inputs failed.
@@ -47,115 +56,173 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
         NotAvailable: there is no such model.
         IbmdError: an output exists (nothing was done), or the first failure with `fail_fast`.
     """
-    plan = make_plan(config)
-    results = _Results(config, reporter)
-    for text, problem in plan.problems:
-        results.fail(text, [], problem)
-    for job in plan.skipped:
-        results.skip(job)
-    try:
-        if plan.jobs:
-            _work(plan.jobs, config, results)
-    except KeyboardInterrupt:
-        reporter.warn(f"interrupted: {results.summary()}; the same command with --on-exists skip does the rest")
-        raise
+    process, processes = place()
+    if processes > 1 and ("-" in (*config.inputs, config.files_from, config.output) or config.grid):
+        raise UsageError("several processes: stdin, stdout and --grid are for one; give files, or start one")
+    reporter.quiet = reporter.quiet or process > 0
+    with company() as total:
+        plan = make_plan(config, process, processes)
+        total([0])  # nothing is written before every process has found its outputs free
+        results = _Results(config, reporter)
+        try:
+            _work(plan, config, results)
+        except KeyboardInterrupt:
+            reporter.warn(f"interrupted: {results.summary()}; the same command with --on-exists skip does the rest")
+            raise
+        results.done, results.skipped, results.failed = total([results.done, results.skipped, results.failed])
     reporter.note(results.summary())
     return 3 if results.failed else 0
 
 
-class _Piece(NamedTuple):
-    """A job with its image, (3, H, W), and the seconds spent on it."""
+def _work(plan: Plan, config: SampleConfig, results: "_Results") -> None:
+    for text, problem in plan.problems:
+        results.fail(text, [], problem)
+    for job in plan.skipped:
+        results.skip(job)
+    if not plan.jobs:
+        return
+    model = _load(config, results.reporter.quiet)
+    translator = Translator(
+        model,
+        seed=config.seed,
+        fit=config.fit,
+        restore_size=config.restore_size,
+        batch_size=config.batch_size,
+        nfe=config.nfe,
+        sampler=config.sampler,
+        options=_options(config.sampler_options),
+        degradation=config.degrade,
+        warn=results.reporter.warn,
+    )
+    inputs = Inputs(config, translator)
+    name = config.teacher or config.student or STUDENT
+    results.reporter.note(
+        f"{name} on {translator.device}: {translator.nfe} network call{'s' * (translator.nfe > 1)} an image, "
+        f"{_size(config, translator)}"
+    )
+    several = len(plan.jobs) > 1
+    progress = results.reporter.progress("sample", len(plan.jobs), "images") if several else nullcontext(Meter())
+    sheet = Sheet(config.grid) if config.grid and not _keep(config.grid, config, results) else None
+    ahead = 1 if config.fit == "tile" else translator.size + WRITERS  # whole images are large
+    made_by = f"ibmd {__version__} {shown(name)} nfe={translator.nfe} seed={config.seed}"
+    with own_limits(), Claims() as claims, progress as results.meter:
+        outputs = _Outputs(config, translator, claims, sheet, made_by)
+        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
+            try:
+                groups = [(source, list(jobs)) for source, jobs in groupby(plan.jobs, key=lambda job: job.source)]
+                read = _ahead(readers, partial(inputs.read, claims=claims), groups, ahead)
+                written = _ahead(writers, outputs.write, translator.run(_pieces(read, results)), ahead)
+                for outcome in written:
+                    results.finish(outcome)
+            except BaseException:
+                for pool in (readers, writers):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if sheet is not None and results.done:
+            _put(sheet.encode(), Path(sheet.name))
+
+
+def _ahead(pool: ThreadPoolExecutor, do: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
+    """Do something for each item in threads, at most `ahead` items before the one that is asked for."""
+    waiting: deque[Future[Out]] = deque()
+    for item in items:
+        waiting.append(pool.submit(do, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+# ------------------------------------------------------------------------------------------------------- model
+
+
+def _load(config: SampleConfig, quiet: bool) -> Student | Teacher:
+    device = resolve_device(config.device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if config.teacher is not None:
+        return load_teacher(config.teacher, preset=config.preset, device=device, quiet=quiet)
+    student = load_model(config.student or STUDENT, "student")
+    assert isinstance(student, Student)
+    student.to(device)
+    return student
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    """Read the options of a sampler: numbers and true or false by their spelling."""
+    options = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise UsageError(f"--sampler-option {text!r}: expected KEY=VALUE, e.g. eta=0")
+        try:
+            options[key] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def _size(config: SampleConfig, translator: Translator) -> str:
+    if config.restore_size:
+        return "results in the size of their inputs"
+    if config.fit == "tile":
+        return f"results {translator.scale} times the size of their inputs"
+    return f"results of {translator.side}×{translator.side} pixels"
+
+
+def _pieces(read: Iterable[Read], results: "_Results") -> Iterator[Piece]:
+    """Report inputs that cannot be translated, and yield a piece for each picture that is to be made of the others."""
+    for one in read:
+        for job in one.skipped:
+            results.skip(job)
+        if one.error is not None:
+            results.fail(str(one.source), one.jobs, one.error)
+        if one.several:
+            results.say_once(f"{shown(str(one.source))}: several frames or pages: of such files the first one counts")
+        if one.piece is not None:
+            for task in one.tasks:  # which share the pixels
+                yield replace(one.piece, variant=task.job.variant, task=task, seconds=one.seconds / len(one.tasks))
+
+
+# ----------------------------------------------------------------------------------------------------- outputs
+
+
+class _Outputs:
+    """Writes translated pieces."""
+
+    def __init__(
+        self, config: SampleConfig, translator: Translator, claims: Claims, sheet: Sheet | None, made_by: str
+    ) -> None:
+        self.config, self.translator, self.claims, self.sheet, self.made_by = config, translator, claims, sheet, made_by
+
+    def write(self, piece: Piece) -> "_Outcome":
+        """Write a translated piece."""
+        began, task, error, size = time.monotonic(), piece.task, None, (0, 0)
+        assert piece.geometry is not None
+        try:
+            image = self.translator.finish(piece)
+            size = image.size
+            dpi = task.dpi if size == piece.geometry.size else None
+            tags = task.credits | {SOFTWARE: f"{self.made_by} variant={piece.variant}"}
+            _put(encode(image, self.config.suffix, self.config.quality, dpi, tags), task.job.output)
+            if self.sheet is not None:
+                self.sheet.add(task.job.source, task.job.source.name, piece.variant, task.thumbnail, image)
+        except IbmdError as failure:
+            error = failure
+        finally:
+            if task.job.output is not None:
+                self.claims.give_back(task.job.output)
+        return _Outcome(task.job, piece.geometry.size, size, piece.seconds + time.monotonic() - began, error)
+
+
+class _Outcome(NamedTuple):
+    """What became of a job: sizes (width, height) of input and output, and the reason if it failed."""
 
     job: Job
-    x_T: Tensor
-    geometry: Geometry
+    before: tuple[int, int]
+    after: tuple[int, int]
     seconds: float
-
-
-def _work(jobs: Sequence[Job], config: SampleConfig, results: "_Results") -> None:
-    device = resolve_device(config.device)
-    model, nfe = _load(config)
-    model.to(device)
-    side, fixed = model.image_size, device.type == "cpu"
-    size = max(1, CPU_BATCH_PIXELS // side**2) if fixed else config.batch_size
-    results.reporter.note(
-        f"{config.teacher or config.student or STUDENT} on {device}: {nfe} network call{'s' * (nfe > 1)} an image, "
-        f"{'results in the size of their inputs' if config.restore_size else f'results of {side}×{side} pixels'}"
-    )
-    several = len(jobs) > 1
-    progress = results.reporter.progress("sample", len(jobs), "images") if several else nullcontext(Meter())
-    with own_limits(), progress as results.meter:
-        pieces = _read(jobs, config, side, results)
-        while group := list(islice(pieces, size)):
-            began = time.monotonic()
-            x_0 = _translate(model, nfe, group, config.seed, size if fixed else len(group))
-            seconds = (time.monotonic() - began) / len(group)
-            for piece, image in zip(group, x_0, strict=True):
-                _write(piece._replace(seconds=piece.seconds + seconds), image, config, results)
-
-
-def _load(config: SampleConfig) -> tuple[Student | Teacher, int]:
-    """Load the model that translates, and find how many network calls it makes for an image."""
-    if config.teacher is not None:
-        model = load_model(config.teacher, "teacher")
-        nfe = config.nfe or int(model.config["sampling"]["nfe"])
-    else:
-        model = load_model(config.student or STUDENT, "student")
-        nfe = len(model.config["sampling"]["timesteps"])
-        if config.nfe not in (None, nfe):
-            raise UsageError(f"--nfe {config.nfe}: {model.name} was distilled for {nfe}; leave --nfe out")
-    for needs in ("classes", "mask"):
-        if model.config.get(needs):
-            raise IbmdError(f"{model.name}: takes {needs} beside the image, which this version of sample cannot give")
-    return model, nfe
-
-
-def _read(jobs: Sequence[Job], config: SampleConfig, side: int, results: "_Results") -> Iterator[_Piece]:
-    for source, group in groupby(jobs, key=lambda job: job.source):
-        began, variants = time.monotonic(), list(group)
-        try:
-            image = read_image(source.path, config.max_pixels) if source.path else _read_stdin(config.max_pixels)
-        except IbmdError as error:
-            results.fail(str(source), variants, error)
-            continue
-        x_T, geometry = fit(image, side, config.fit)
-        seconds = (time.monotonic() - began) / len(variants)
-        yield from (_Piece(job, x_T, geometry, seconds) for job in variants)
-
-
-def _read_stdin(max_pixels: int) -> Image.Image:
-    limit = 8 * max_pixels  # bytes: four channels of 16 bits
-    content = sys.stdin.buffer.read(limit + 1)
-    if len(content) > limit:
-        raise IbmdError(f"stdin: more than {limit:,} bytes: make the image smaller or raise --max-pixels")
-    return decode(io.BytesIO(content), "stdin", max_pixels)
-
-
-def _translate(model: Student | Teacher, nfe: int, pieces: Sequence[_Piece], seed: int, size: int) -> Tensor:
-    """Run the network on `size` images, the last one repeated if there are fewer; returns (len(pieces), 3, H, W).
-
-    The kernels that PyTorch chooses depend on the size of the batch, and their last bits differ.
-    """
-    missing = size - len(pieces)
-    x_T = torch.stack([piece.x_T for piece in pieces] + [pieces[-1].x_T] * missing)
-    rng = [stream(seed, piece.job.source.name, piece.job.variant) for piece in pieces]
-    rng += [torch.Generator() for _ in range(missing)]
-    batch = Sources(x_T.to(next(model.predictor.parameters()).device))
-    x_0 = model.translate(batch, rng, nfe) if isinstance(model, Teacher) else model.translate(batch, rng)
-    return x_0[: len(pieces)].cpu()
-
-
-def _write(piece: _Piece, x_0: Tensor, config: SampleConfig, results: "_Results") -> None:
-    began, output = time.monotonic(), piece.job.output
-    image = to_image(x_0)
-    if config.restore_size:
-        image = unfit(image, piece.geometry)
-    try:
-        _put(encode(image, output.suffix if output else ".png"), output)
-    except IbmdError as error:
-        results.fail(str(piece.job.source), [piece.job], error)
-    else:
-        results.finish(piece.job, image.size, piece.seconds + time.monotonic() - began)
+    error: IbmdError | None
 
 
 def _put(data: bytes, output: Path | None) -> None:
@@ -173,50 +240,77 @@ def _put(data: bytes, output: Path | None) -> None:
         raise IbmdError(f"{shown(output)}: cannot be written ({error.strerror})") from error
 
 
+def _keep(grid: str, config: SampleConfig, results: "_Results") -> bool:
+    """Tell whether the contact sheet exists and is to stay."""
+    keep = config.on_exists == "skip" and os.path.lexists(grid)
+    if keep:
+        results.reporter.note(f"{shown(grid)}: exists already and stays as it is")
+    return keep
+
+
+# ----------------------------------------------------------------------------------------------------- reports
+
+
 class _Results:
     """What became of each picture: counts, a line on stdout if it is there, a line on stderr if it failed."""
 
     def __init__(self, config: SampleConfig, reporter: Reporter) -> None:
         self.config, self.reporter, self.meter = config, reporter, Meter()
         self.done = self.skipped = self.failed = 0
+        self.said = False
 
     def summary(self) -> str:
         return f"{self.done} done, {self.skipped} skipped, {self.failed} failed"
 
-    def finish(self, job: Job, size: tuple[int, int], seconds: float) -> None:
+    def finish(self, outcome: _Outcome) -> None:
+        job = outcome.job
+        if outcome.error is not None:
+            self.fail(str(job.source), [job], outcome.error)
+            return
         self.done += 1
         self.meter.advance()
         if self.config.as_json:
-            self._json("done", str(job.source), job.output, width=size[0], height=size[1], seconds=round(seconds, 4))
+            (input_width, input_height), (width, height) = outcome.before, outcome.after
+            sizes = {"input_width": input_width, "input_height": input_height, "width": width, "height": height}
+            self._json("done", str(job.source), job, **sizes, seconds=round(outcome.seconds, 4))
         elif job.output is not None:
-            _print(str(job.output))
+            _print(str(job.output), "\0" if self.config.print0 else "\n")
 
     def skip(self, job: Job) -> None:
         self.skipped += 1
         if self.config.as_json:
-            self._json("skipped", str(job.source), job.output)
+            self._json("skipped", str(job.source), job)
 
     def fail(self, source: str, jobs: Sequence[Job], error: IbmdError) -> None:
         """Count the pictures that an input would have become; one, if it has no jobs because it is not there."""
         self.failed += len(jobs) or 1
         self.meter.advance(len(jobs))
         if self.config.as_json:
-            for output in [job.output for job in jobs] or [None]:
-                self._json("failed", source, output, error=str(error))
+            for job in jobs:
+                self._json("failed", source, job, error=str(error))
+            if not jobs:
+                self._json("failed", source, None, error=str(error))
         if self.config.fail_fast:
             raise error
         self.reporter.error(str(error))
 
-    def _json(self, status: str, source: str, output: Path | None, **known: Any) -> None:
-        line = {"schema": 1, "status": status, "input": source, "output": None if output is None else str(output)}
-        line |= {"width": None, "height": None, "seconds": None, "seed": self.config.seed, "error": None}
+    def say_once(self, message: str) -> None:
+        if not self.said:
+            self.reporter.note(message)
+        self.said = True
+
+    def _json(self, status: str, source: str, job: Job | None, **known: Any) -> None:
+        output = None if job is None or job.output is None else str(job.output)
+        line = {"schema": 1, "status": status, "input": source, "output": output}
+        line |= {"input_width": None, "input_height": None, "width": None, "height": None, "seconds": None}
+        line |= {"seed": self.config.seed, "variant": None if job is None else job.variant, "error": None}
         _print(json.dumps(line | known))
 
 
-def _print(line: str) -> None:
+def _print(line: str, end: str = "\n") -> None:
     """Write a line to stdout: on a terminal, readably and above the progress bar; elsewhere, the very bytes."""
     if sys.stdout.isatty():
         sys.stdout.write(shown(line) + "\n")
     else:
-        sys.stdout.buffer.write(os.fsencode(line) + b"\n")
+        sys.stdout.buffer.write(os.fsencode(line + end))
     sys.stdout.flush()

@@ -23,17 +23,19 @@ import torch
 from accelerate import Accelerator
 
 from ibmd_cli import __version__
+from ibmd_cli.cards import student_card
 from ibmd_cli.config import DistillConfig, differences, to_json
 from ibmd_cli.data import SourceImages
 from ibmd_cli.distillation import Sources, ibmd
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import atomic_file, atomic_folder
 from ibmd_cli.images import to_uint8
-from ibmd_cli.models import Model, Student, Teacher, load_model, make_setup, read_json, resolve, save_model, sha256
+from ibmd_cli.models import Model, Student, Teacher, load_model, make_setup, read_json, save_model, sha256
 from ibmd_cli.mosaics import labelled_grid
 from ibmd_cli.noise import stream
 from ibmd_cli.optimisation import Player, Schedule
 from ibmd_cli.reporting import Reporter
+from ibmd_cli.teachers import load_teacher
 
 PREVIEWS = 8
 
@@ -43,7 +45,7 @@ def plan(config: DistillConfig, out: Path) -> dict[str, Any]:
 
     The memory is an estimate: weights, gradients, Adam's moments and averages in float32, without activations.
     """
-    teacher = load_model(config.teacher, "teacher")
+    teacher = _load(config, Reporter(quiet=True))
     n = sum(p.numel() for p in teacher.predictor.parameters())
     student = _new_student(config, teacher)
     n_student = sum(p.numel() for p in student.predictor.parameters())
@@ -98,9 +100,9 @@ def distill(
             f"--batch-size {config.batch_size} is not a multiple of {accelerator.num_processes} process(es) × "
             f"--micro-batch {micro_batch}: choose a multiple"
         )
-    teacher = load_model(config.teacher, "teacher")
-    assert isinstance(teacher, Teacher)
-    sources = SourceImages(config.data, teacher.image_size, reporter)
+    teacher = _load(config, reporter)
+    degradation = "" if config.degrade == "none" else config.degrade
+    sources = SourceImages(config.data, teacher.config, reporter, degradation, config.masks)
     if main:
         open_run(out, config, origins, resume, accelerator.num_processes)
     accelerator.wait_for_everyone()
@@ -146,7 +148,7 @@ def distill(
         return out / "student"
 
     def draw(rng: torch.Generator) -> Sources:
-        return Sources(sources.batch(micro_batch, rng, flip=config.flip).to(accelerator.device))
+        return sources.batch(micro_batch, rng, config.flip, accelerator.device)
 
     setup = make_setup(student.predictor, student.config["sampling"], config.t_power, config.weight_power)
     preview = Preview(sources, teacher, config.seed, accelerator.device) if main else None
@@ -185,6 +187,16 @@ def distill(
     return out / "student"
 
 
+def _load(config: DistillConfig, reporter: Reporter) -> Teacher:
+    return load_teacher(
+        config.teacher,
+        preset=config.preset or None,
+        head_channels=config.head_channels or None,
+        attention_order=config.attention_order or None,
+        quiet=reporter.quiet,
+    )
+
+
 def _new_student(config: DistillConfig, teacher: Model) -> Student:
     """Make a student of the teacher's weights; those for z are zero or small (arXiv:2502.01362v2, App. B)."""
     bridge = teacher.predictor.bridge
@@ -196,23 +208,22 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
     fractions = torch.arange(config.nfe, dtype=torch.float64) / config.nfe
     chained = bridge.to_dict()["kind"] == "i2sb"
     shared = ("network", "bridge", "preconditioning", "conditional", "noise_channels")
-    inherited = ("task", "image", "classes", "mask", "licence")
-    weights = resolve(config.teacher, "teacher")
-    weights = weights if weights.is_file() else weights / "model.safetensors"
+    inherited = ("task", "image", "classes", "mask", "degradation", "licence")
+    assert teacher.weights is not None
     settings = {
         "format": "ibmd-student",
         "format_version": 1,
         "ibmd_version": __version__,
         "name": f"{teacher.name}-{config.nfe}step",
         **{key: predictor.to_dict()[key] for key in shared},
-        **{key: teacher.config[key] for key in inherited},
+        **{key: teacher.config.get(key) for key in inherited},
         "sampling": {
             "timesteps": bridge.time(fractions).tolist(),
             "noise": {"channels": channels, "grid": config.noise_grid or teacher.image_size},
             "rollout": "chain" if chained else "random-step",
             "transition": "posterior" if chained else "marginal",
         },
-        "teacher": {"reference": config.teacher, "sha256": sha256(weights)},
+        "teacher": {"reference": config.teacher, "sha256": sha256(teacher.weights)},
         "training": to_json(config),
     }
     return Student(predictor, settings)
@@ -342,7 +353,7 @@ class Preview:
     def __init__(self, sources: SourceImages, teacher: Teacher, seed: int, device: torch.device) -> None:
         n = min(PREVIEWS, len(sources))
         rows = torch.linspace(0, len(sources) - 1, n).long().tolist()
-        self.batch = Sources(torch.stack([sources[i] for i in rows]).to(device))
+        self.batch = sources.take(rows, stream(seed, "preview sources"), device)
         self.seed = seed
         nfe = teacher.config["sampling"]["nfe"]
         self.rows = [self.batch.x_T, teacher.translate(self.batch, self._streams(), nfe)]
@@ -358,20 +369,6 @@ class Preview:
 
     def _streams(self) -> list[torch.Generator]:
         return [stream(self.seed, "preview", i) for i in range(len(self.batch.x_T))]
-
-
-def student_card(student: Student) -> str:
-    """Return the model card of a student."""
-    config = student.config
-    settings = "\n".join(f"| {key} | {value} |" for key, value in config["training"].items())
-    return (
-        f"---\nlicense: {config['licence'].lower()}\npipeline_tag: image-to-image\nlibrary_name: ibmd\n"
-        f"tags: [diffusion-bridge, distillation, ibmd]\n---\n# {student.name}\n\n"
-        f"{config['task']} in {student.nfe} network evaluation(s), {student.image_size}×{student.image_size} pixels. "
-        f"Distilled from `{config['teacher']['reference']}` by Inverse Bridge Matching Distillation "
-        f"(arXiv:2502.01362) with ibmd {config['ibmd_version']}. Licence: {config['licence']}, as its teacher's.\n\n"
-        f"    ibmd sample --student PATH --input IMAGE\n\n| setting | value |\n|---|---|\n{settings}\n"
-    )
 
 
 @contextmanager

@@ -10,16 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ibmd_cli"
 LAYERS = (
     ("errors", "figures", "files", "noise", "reporting"),
-    ("bridges", "config", "degradations", "devices", "hub", "images", "launching"),
-    ("jobs", "networks"),
-    ("distillation",),
+    ("bridges", "config", "decoding", "degradations", "devices", "encoding", "hub", "launching", "sharing", "tiles"),
+    ("images", "networks", "sheets"),
+    ("distillation", "jobs"),
     ("samplers",),
     ("models",),
     ("checkpoints",),
     ("teachers",),
-    ("mosaics", "optimisation", "metrics"),
-    ("data", "evaluation", "export", "sampling"),
-    ("training",),
+    ("cards", "mosaics", "optimisation", "metrics"),
+    ("data", "evaluation", "export", "translating"),
+    ("reading", "student", "training"),
+    ("sampling",),
     ("cli",),
     ("__main__",),
 )

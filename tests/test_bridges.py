@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from parity.rule import families, image, noise, outputs
+from parity.teachers import BRIDGES as PUBLISHED
+from parity.teachers import FAMILIES, SHAPE, inputs
 
 from ibmd_cli.bridges import (
     BRIDGES,
@@ -226,19 +228,10 @@ def test_continuous_c_noise_is_a_quarter_of_the_logarithm(bridge):
 
 # --- parity with the published code ------------------------------------------------------------------------
 
-FAMILIES = {
-    "ddbm_vp": VP,
-    "ddbm_ve": VE,
-    "dbim_vp": VP,
-    "dbim_inpaint": DBIM,
-    "i2sb_sde03": SDE,
-    "i2sb_otode10": ODE,
-}
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_coefficients_equal_the_published_ones(family):
-    out, bridge = outputs(family), FAMILIES[family]
+    out, bridge = outputs(family), PUBLISHED[family]
     t = out["coef.n"] if "coef.n" in out else out["coef.t"]
     # Relative to the largest value (c of VE goes up to 35). A float64 reference (DBIM) agrees to rounding;
     # DDBM works in float32 and cancels near T (5e-6 measured); I2SB stores float32 tables.
@@ -252,20 +245,24 @@ def test_coefficients_equal_the_published_ones(family):
     for key, value in zip(("coef.alpha", "coef.rho"), bridge.alpha_rho(t), strict=True):
         if key in out:
             torch.testing.assert_close(value, out[key].double(), rtol=1e-9, atol=1e-12)
+    if "coef.f" in out:
+        per_unit = 999 if family == "dbim_inpaint" else 1  # DBIM's code multiplies its dt instead
+        for key, value in zip(("coef.f", "coef.g2"), bridge.drift(t), strict=True):
+            torch.testing.assert_close(value, per_unit * out[key].double(), rtol=1e-12, atol=1e-15)
     if "coef.std_fwd" in out:
-        torch.testing.assert_close(bridge.alpha_rho(t)[1], out["coef.std_fwd"].double(), rtol=1e-7, atol=0)
+        fwd, bwd = bridge._rows(t)
+        noisy = dataclasses.replace(bridge, noise_free=False)
+        values = {"std_fwd": fwd, "std_bwd": bwd, "betas": bridge.drift(t)[1], "std_sb": noisy.coefficients(t).c_t}
+        for key, value in values.items():
+            torch.testing.assert_close(value, out[f"coef.{key}"].double(), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_samples_and_labels_equal_the_published_ones(family):
-    bridge, info, out = FAMILIES[family], families()[family], outputs(family)
-    shape = (info["batch"], *info["image"])
-    x_0 = image("x_0", shape, 0)
+    bridge, info, out = PUBLISHED[family], families()[family], outputs(family)
     i2sb = family.startswith("i2sb")
-    x_T = image("x_1" if i2sb else "x_T", shape, 0)
-    if family == "dbim_inpaint":
-        x_T = x_0 * (1 - centre_mask(shape))
-    eps = noise("noise1" if i2sb else "noise0", shape, 0)
+    x_0, x_T = image("x_0", SHAPE, 0), inputs(family)[1]
+    eps = noise("noise1" if i2sb else "noise0", SHAPE, 0)
     for i, t in enumerate(info.get("bridge_steps") or info["bridge_times"]):
         ts = torch.full((2,), t)
         x_t = bridge.sample(x_0, x_T, ts, eps)
@@ -275,13 +272,6 @@ def test_samples_and_labels_equal_the_published_ones(family):
             target = (x_t - x_0) / expand_to(bridge.alpha_rho(ts)[1], x_t)
             bound = 1e-5 * max(1, out["label"][i].abs().max())
             torch.testing.assert_close(target, out["label"][i], rtol=0, atol=float(bound))
-
-
-def centre_mask(shape):
-    mask = torch.zeros(shape[0], 1, *shape[2:])
-    H, W = shape[2:]
-    mask[..., H // 4 : 3 * H // 4, W // 4 : 3 * W // 4] = 1
-    return mask
 
 
 # --- the two textbook forms --------------------------------------------------------------------------------
@@ -323,6 +313,26 @@ def process(bridge, t):
         return torch.ones_like(t), t
     integral = 0.5 * bridge.beta_d * t**2 + bridge.beta_min * t
     return (-0.5 * integral).exp(), (-torch.expm1(-integral)).sqrt()
+
+
+@pytest.mark.parametrize("bridge", EXACT, ids=label)
+def test_drift_is_the_derivative_of_alpha_and_rho(bridge):
+    t = times(bridge)[1:-1].double()
+    (alpha, rho), (d_alpha, d_rho) = torch.func.jvp(bridge.alpha_rho, (t,), (torch.ones_like(t),))
+    f, g2 = bridge.drift(t)
+    torch.testing.assert_close(f, d_alpha / alpha, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(g2, alpha**2 * 2 * rho * d_rho, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("bridge", [SDE, ODE, DBIM], ids=label)
+def test_drift_of_a_table_is_its_increments_per_unit_of_time(bridge):
+    n = torch.arange(1000)
+    t = n if bridge.kind == "i2sb" else n / 999
+    f, g2 = bridge.drift(t)
+    dt = bridge.T / 999
+    assert (f == 0).all()
+    assert g2.dtype == torch.float64
+    torch.testing.assert_close(g2[1:] * dt, bridge.alpha_rho(t)[1].square().diff(), rtol=1e-9, atol=0)
 
 
 def test_vp_and_ve_are_one_bridge_in_other_units():
@@ -435,7 +445,7 @@ def test_shapes_dtypes_and_gradient(bridge):
     t = bridge.time(torch.rand(5, generator=rng))
     coefficients = bridge.coefficients(t)
     assert all(c.dtype == torch.float64 and c.shape == (5,) for c in coefficients)
-    assert all(v.dtype == torch.float64 and v.shape == (5,) for v in bridge.alpha_rho(t))
+    assert all(v.dtype == torch.float64 and v.shape == (5,) for v in (*bridge.alpha_rho(t), *bridge.drift(t)))
     assert bridge.c_noise(t).shape == (5,)
     assert all((c >= 0).all() and torch.isfinite(c).all() for c in coefficients)
     x_0, x_T, eps = torch.randn(3, 5, 3, 2, 4, generator=rng)

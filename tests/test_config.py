@@ -7,6 +7,7 @@ import pytest
 
 from ibmd_cli.config import DistillConfig, differences, load_presets, resolve, to_json
 from ibmd_cli.errors import UsageError
+from ibmd_cli.hub import published
 
 
 def test_precedence_and_origins(tmp_path: Path):
@@ -32,8 +33,38 @@ def test_preset_belongs_to_its_teacher():
 
 def test_presets_are_valid_settings():
     for teacher, values in load_presets().items():
-        assert resolve({"teacher": teacher}, {}, None)[0].data, teacher
-        assert set(values) <= set(DistillConfig.__annotations__)
+        kind, _, name = teacher.partition(":")
+        config, _ = resolve({"teacher": teacher}, {}, None)
+        assert set(values) - {"by_nfe"} <= set(DistillConfig.__annotations__)
+        assert config.data == ((teacher,) if kind == "builtin" else ()), teacher
+        if kind == "hub":
+            assert config.degrade in ("", published()[name]["degradation"])
+
+
+TABLE_7 = [  # teacher, N, L, learning rate, student updates, z
+    ("i2sb-sr4x-bicubic", 1, 5, 5e-5, 3000, True),
+    ("i2sb-sr4x-pool", 1, 5, 5e-5, 3000, True),
+    ("i2sb-jpeg-5", 1, 5, 5e-5, 2000, True),
+    ("i2sb-jpeg-10", 1, 5, 5e-5, 3000, True),
+    ("i2sb-inpaint-center", 4, 5, 5e-5, 2000, False),
+    ("ddbm-edges2handbags", 2, 5, 1e-5, 300, True),
+    ("ddbm-edges2handbags", 1, 5, 1e-5, 14000, True),
+    ("ddbm-diode", 2, 5, 1e-5, 500, True),
+    ("ddbm-diode", 1, 5, 1e-5, 3700, True),
+    ("dbim-imagenet-inpaint-center", 4, 1, 3e-6, 3000, True),
+]
+
+
+@pytest.mark.parametrize("row", TABLE_7)
+def test_presets_are_the_rows_of_the_paper(row: tuple):
+    """Table 7 of arXiv:2502.01362v2; the same for the teacher's own file with its alias as the preset."""
+    alias, nfe, bridge_steps, lr, steps, noise = row
+    flags = {} if nfe == resolve({"teacher": f"hub:{alias}"}, {}, None)[0].nfe else {"nfe": nfe}
+    for teacher in ({"teacher": f"hub:{alias}"}, {"teacher": "files/x.pt", "preset": alias}):
+        config, _ = resolve({**teacher, **flags}, {}, None)
+        assert (config.nfe, config.bridge_steps, config.steps, config.noise) == (nfe, bridge_steps, steps, noise)
+        assert (config.lr, config.bridge_lr, config.batch_size, config.ema) == (lr, lr, 256, 0.99)
+        assert (config.noise_channels, config.noise_grid, config.t_power, config.weight_power) == (3, 0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize(

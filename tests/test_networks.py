@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from parity.rule import families, image, manifests, noise, outputs, rule_weights, weight
+from parity.rule import families, manifests, outputs, weight
+from parity.teachers import FAMILIES, error, inputs, network_config, published
 from torch import nn
 
 from ibmd_cli.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge
-from ibmd_cli.distillation import Sources
 from ibmd_cli.networks import (
     AttentionBlock,
     GroupNorm,
@@ -18,78 +18,16 @@ from ibmd_cli.networks import (
     Predictor,
     UNet,
     UNetConfig,
+    convolve,
     make_predictor,
     sinusoid,
 )
-from ibmd_cli.samplers import sample_dbim
-
-BRIDGES = {
-    "ddbm_vp": VPBridge(),
-    "ddbm_ve": VEBridge(),
-    "dbim_vp": VPBridge(),
-    "dbim_inpaint": DBIMBridge(),
-    "i2sb_sde03": I2SBBridge(beta_max=0.3),
-    "i2sb_otode10": I2SBBridge(beta_max=1.0, noise_free=True),
-}
-FAMILIES = list(BRIDGES)
-NO_PRECONDITIONING = {"dbim_inpaint", "i2sb_sde03", "i2sb_otode10"}
-
-
-def network_config(family, **changes):
-    n = families()[family]["network"]
-    settings = {
-        "in_channels": n["in_channels"],
-        "out_channels": n["out_channels"],
-        "model_channels": n["model_channels"],
-        "channel_mult": tuple(n["channel_mult"]),
-        "num_res_blocks": n["num_res_blocks"],
-        "attention": tuple(n["attention_downsample_factors"]),
-        "head_channels": n["num_head_channels"],
-        "attention_order": n["attention_order"],
-        "num_classes": n["num_classes"],
-    }
-    return UNetConfig(**settings | changes)
-
-
-def published(family, **changes):
-    """Return a predictor with the weights of the rule."""
-    config = network_config(family, **changes)
-    preconditioning = Preconditioning("i2sb" if family in NO_PRECONDITIONING else "ddbm")
-    model = Predictor(config, BRIDGES[family], preconditioning, conditional=config.in_channels == 6)
-    shapes = {name: p.shape for name, p in model.backbone.state_dict().items()}
-    state = {name: w.reshape(shapes[name]) for name, w in rule_weights(family).items()}
-    model.backbone.load_state_dict(state)  # strict
-    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def models():
-    """Return one predictor per family, built when first asked for."""
-    built = {}
-
-    def get(family):
-        if family not in built:
-            built[family] = published(family)
-        return built[family]
-
-    return get
-
-
-def inputs(family):
-    info = families()[family]
-    shape = (info["batch"], *info["image"])
-    x_T = image("x_1" if family.startswith("i2sb") else "x_T", shape, 0)
-    mask = None
-    if family == "dbim_inpaint":
-        mask = torch.zeros(2, 1, 32, 32)
-        mask[..., 8:24, 8:24] = 1
-        x_T = image("x_0", shape, 0) * (1 - mask)
-    return image("x_t", shape, 0), x_T, torch.tensor(info["y"]) if "y" in info else None, mask
-
-
-def error(value, reference):
-    """The measure of the parity sets: max |error| / max(1, max |reference|)."""
-    return ((value - reference).abs().max() / reference.abs().max().clamp(min=1)).item()
+    """Return the published predictor of a family."""
+    return published
 
 
 def small(bridge=None, conditional=True, noise_channels=0, preconditioning=None, seed=0, **changes):
@@ -133,7 +71,7 @@ def test_prediction_equals_the_published_one(models, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_raw_network_output_equals_the_published_one(models, family):
     model, info = models(family), families()[family]
-    reference = outputs({"dbim_vp": "ddbm_vp", "i2sb_otode10": "i2sb_sde03"}.get(family, family))["raw"]
+    reference = outputs(family)["raw"]
     x_t, x_T, y, _ = inputs(family)
     for i, t in enumerate(info.get("x0hat_steps") or info["x0hat_times"]):
         t = torch.full((2,), t)
@@ -264,22 +202,6 @@ def test_class_labels(models):
         model(x_t, t, x_T)
     with pytest.raises(ValueError, match="a network of no classes"):
         small()(x_t, t, x_T, label=y)
-
-
-@pytest.mark.parametrize("family", ["dbim_vp", "dbim_inpaint"])
-@pytest.mark.parametrize("eta", [0, 1])
-def test_dbim_sampler_equals_the_published_one(models, family, eta, monkeypatch):
-    x_t, x_T, y, mask = inputs(family)
-    out = outputs(family)
-    for name, m in ((f"dbim_N3_eta{eta}", None), (f"dbim_N3_eta{eta}_masked", mask)):
-        if name not in out:
-            continue
-        draws = iter(noise(f"noise{k}", x_T.shape, 0) for k in range(9))
-        monkeypatch.setattr("ibmd_cli.samplers.noise_like", lambda x, rng, draws=draws: next(draws))
-        batch, rng = Sources(x_T, y, m), torch.Generator()
-        sample = sample_dbim(models(family), BRIDGES[family], batch, 4, rng, eta=float(eta))
-        # float32 state and four calls, 5e-6 measured; the published code keeps the state in float64.
-        assert error(sample, out[name]) < 2e-5
 
 
 # --- names and shapes --------------------------------------------------------------------------------------
@@ -441,6 +363,25 @@ def test_prediction_is_float32_under_autocast():
         y = model(x, t, x)
     assert y.dtype == torch.float32
     assert error(y, model(x, t, x)) < 5e-2  # bfloat16 has 8 bits: 4e-3 per operation, some ten deep
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_convolve_is_conv2d_in_value_and_gradient(kernel_size, form):
+    """It chooses the library, nothing else; batch 1 and few pixels are where PyTorch would choose another."""
+    for batch in (1, 3):
+        x, g = randn(batch, 16, 6, 4).contiguous(memory_format=form), randn(batch, 8, 6, 4, seed=1)
+        leaves = [x, randn(8, 16, kernel_size, kernel_size, seed=2), randn(8, seed=3)]
+        got, expected = [], []
+        for results, function in ((got, convolve), (expected, F.conv2d)):
+            own = [v.clone().requires_grad_() for v in leaves]
+            y = function(*own, padding=kernel_size // 2)
+            results += [y, *torch.autograd.grad(y, own, g)]
+        assert got[0].is_contiguous(memory_format=form)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=5e-5)  # float32 sums of up to 144 terms
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convolve(*leaves).dtype == torch.bfloat16
 
 
 # --- inputs ------------------------------------------------------------------------------------------------

@@ -8,23 +8,30 @@ import pty
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from hostile import write_corpus
 from PIL import Image
 
 from ibmd_cli import sampling
 from ibmd_cli.cli import main
+from ibmd_cli.decoding import read_picture
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import UsageError
-from ibmd_cli.images import fit, read_image
-from ibmd_cli.jobs import Job, Source
-from ibmd_cli.models import Student, load_model, resolve, save_model
+from ibmd_cli.images import find_images
+from ibmd_cli.models import Student, Teacher, load_model, resolve, save_model
 from ibmd_cli.networks import make_predictor
 from ibmd_cli.noise import randn, stream
+from ibmd_cli.sharing import Claims, _file
+from ibmd_cli.translating import Piece, Translator
 
 
 class Result(NamedTuple):
@@ -41,15 +48,15 @@ class Result(NamedTuple):
         return [json.loads(line) for line in self.stdout.splitlines()]
 
 
+embedded = cache(load_model)
+
+
 @pytest.fixture(autouse=True)
 def _one_model(monkeypatch):
-    """Load each model once: most of the time of these tests would be spent there."""
-    loaded = {}
+    """Load the embedded model once: much of the time of these tests would be spent there."""
 
-    def load(reference: str, kind: str):
-        if (reference, kind) not in loaded:
-            loaded[reference, kind] = load_model(reference, kind)
-        return loaded[reference, kind]
+    def load(reference: str, kind: str) -> Student | Teacher:
+        return embedded(reference, kind) if reference.startswith("builtin:") else load_model(reference, kind)
 
     monkeypatch.setattr(sampling, "load_model", load)
 
@@ -93,6 +100,12 @@ def student(tmp_path, tiny_config) -> Path:
 
 def tree(folder: Path) -> list[str]:
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+
+
+def opened(source: object) -> Image.Image:
+    with Image.open(source) as image:
+        image.load()
+        return image
 
 
 def size_of(file: Path) -> tuple[int, int]:
@@ -213,10 +226,13 @@ def test_json(sample, drawings):
         "status": "done",
         "input": str(drawings / "drawing-0.png"),
         "output": "out/drawing-0.png",
+        "input_width": 32,
+        "input_height": 32,
         "width": 32,
         "height": 32,
         "seconds": 0,
         "seed": 7,
+        "variant": 1,
         "error": None,
     }
 
@@ -266,14 +282,17 @@ def test_a_picture_depends_on_name_and_seed_alone(sample, drawings, student, tmp
 def test_company_changes_no_bit(drawings):
     """With the embedded student, whose kernels round differently in batches of different sizes."""
     model = load_model("builtin:outline2emoji", "student")
-    pieces = []
-    for file in sorted(drawings.iterdir()):
-        x_T, geometry = fit(read_image(file), 32)
-        pieces.append(sampling._Piece(Job(Source(file, file.name), 1, None), x_T, geometry, 0.0))
-    together = sampling._translate(model, 1, pieces, 0, 8)
+    translator = Translator(model)
+    pieces = [translator.prepare(read_picture(file), file.name) for file in sorted(drawings.iterdir())]
+
+    def run(some: list[Piece]) -> list[torch.Tensor]:
+        return [piece.x_0 for piece in translator.run(replace(piece) for piece in some)]
+
+    together = run(pieces)
     for i in range(8):
-        assert torch.equal(sampling._translate(model, 1, pieces[i : i + 1], 0, 8)[0], together[i])
-    assert torch.equal(sampling._translate(model, 1, pieces[5:1:-1], 0, 8), together[[5, 4, 3, 2]])
+        assert torch.equal(run(pieces[i : i + 1])[0], together[i])
+    for one, other in zip(run(pieces[5:1:-1]), together[5:1:-1], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_variants(sample, drawings, student):
@@ -315,7 +334,7 @@ def test_teacher(sample, drawings, tiny_teacher):
         (["-i", "a.png", "--student", "s", "--teacher", "t"], "only one of them translates"),
         (["-i", "a.png", "--nfe", "4"], "was distilled for 1"),
         (["-i", "a.png", "--nfe", "0"], "--nfe"),
-        (["-i", "a.png", "--fit", "tile"], "--fit"),
+        (["-i", "a.png", "--fit", "square"], "--fit"),
         (["-i", "a.png", "--device", "gpu"], "expected auto, cpu, cuda, cuda:N or mps"),
         (["-i", "a.png", "-i", "b.png", "-o", "c.png"], "one file for 2 images"),
         (["-i", "a.png", "-i", "b.png", "-o", "-"], "stdout takes one picture"),
@@ -435,6 +454,433 @@ def test_output_folder_that_cannot_be(sample, drawings):
     result = sample("-i", drawings / "drawing-0.png", "-o", "file/out.png")
     assert result.code == 3
     assert "file/out.png: cannot be written" in result.err
+
+
+# ------------------------------------------------------------------------------------------------------- lists
+
+
+def test_lists_of_files(sample, drawings, tmp_path):
+    (drawings / "sub").mkdir()
+    (drawings / "drawing-7.png").rename(drawings / "sub" / "new\nline.png")
+    relative = os.path.relpath(drawings, tmp_path)
+    names = [f"{relative}/drawing-0.png", f"./{relative}/drawing-1.png", "", str(drawings / "drawing-2.png")]
+    listed = sample("--files-from", "-", "-o", "out/", stdin="\r\n".join(names).encode())
+    assert listed.paths == ["out/drawings/drawing-0.png", "out/drawings/drawing-1.png", "out/drawing-2.png"]
+    weird = os.fsencode(drawings) + b"/sub/new\nline.png\0" + os.fsencode(relative) + b"/sub/new\nline.png\0"
+    Path("list").write_bytes(weird)
+    result = sample("--files-from", "list", "-0", "--print0", "-o", "out2/")
+    assert result.stdout == b"out2/new\nline.png\0out2/drawings/sub/new\nline.png\0"
+    folder = sample("--files-from", "-", "-o", "out3/", "-r", stdin=os.fsencode(relative))
+    assert folder.code == 0
+    assert tree(tmp_path / "out3" / "drawings") == tree(drawings)
+    assert sample("--files-from", "-", "-o", "out4/", stdin=b"").err.endswith("0 done, 0 skipped, 0 failed\n")
+    missing = sample("--files-from", "-", "-o", "out5/", stdin=b"absent.png\n*.png\n-\n")
+    assert missing.code == 3
+    assert missing.err.count("cannot be opened") == 3  # neither a glob nor stdin in a list
+    nul = sample("--files-from", "-", "-o", "out6/", stdin=b"a.png\0b.png\0")
+    assert (nul.code, "add --null" in nul.err) == (2, True)
+
+
+def test_json_names_any_bytes(sample, drawings):
+    os.rename(drawings / "drawing-0.png", os.fsencode(drawings) + b"/latin\xe9\n.png")
+    line = sample("-i", drawings, "-o", "out/", "--json").lines[-1]
+    assert os.fsencode(line["input"]) == os.fsencode(drawings) + b"/latin\xe9\n.png"
+    assert os.path.exists(os.fsencode(line["output"]))
+
+
+# ----------------------------------------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("form", ["png", "jpg", "webp", "tiff", "bmp", "avif"])
+def test_format_by_option(sample, drawings, form):
+    name = {"jpg": "JPEG"}.get(form, form.upper())
+    beside = sample("-i", drawings / "drawing-0.png", "--format", form).paths
+    assert beside == [str(drawings / f"drawing-0.ibmd.{form}")]
+    assert opened(beside[0]).format == name
+    piped = sample("-i", "-", "--format", form, stdin=(drawings / "drawing-0.png").read_bytes())
+    assert opened(io.BytesIO(piped.stdout)).format == name
+    assert len(sample("-i", drawings, "-o", "out/", "--format", form).paths) == 8  # and not what was written beside
+
+
+def test_quality(sample, drawings):
+    def size(*args: object) -> int:
+        return len(sample("-i", drawings / "drawing-0.png", "-o", "-", *args).stdout)
+
+    for form in ("jpg", "webp", "avif"):
+        assert size("--format", form, "--quality", 20) < size("--format", form, "--quality", 90)
+
+
+def test_what_is_kept_beside_the_pixels(sample, drawings):
+    exif = Image.Exif()
+    exif[0x8298], exif[0x010F] = "© Ann\n".encode(), "Camera"
+    with Image.open(drawings / "drawing-0.png") as image:
+        image.save("in.jpg", exif=exif, dpi=(144, 144))
+    for form in ("png", "jpg", "tiff", "webp", "avif"):
+        sample("-i", "in.jpg", "-o", f"out.{form}", "--seed", 5)
+        with Image.open(f"out.{form}") as image:
+            tags = image.getexif()
+            assert tags[0x0131].startswith("ibmd ")
+            assert tags[0x0131].endswith("builtin:outline2emoji nfe=1 seed=5 variant=1")
+            assert tags[0x8298].encode("latin-1").decode() == "© Ann"
+            assert 0x010F not in tags
+            if form in ("png", "jpg", "tiff"):
+                assert round(float(image.info["dpi"][0])) == 144
+    opened("in.jpg").resize((64, 64)).save("large.jpg", dpi=(144, 144))
+    sample("-i", "large.jpg", "-o", "small.png")
+    assert "dpi" not in opened("small.png").info  # other pixels, other resolution
+
+
+def test_alpha(sample, drawings):
+    rgba = opened(drawings / "drawing-0.png").convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize((32, 32)))
+    rgba.save("in.png")
+    result = sample("-i", "in.png", "-o", "keep.png", "--alpha", "keep")
+    assert result.code == 0
+    kept = opened("keep.png")
+    assert kept.mode == "RGBA"
+    assert kept.getchannel("A").tobytes() == rgba.getchannel("A").tobytes()
+    sample("-i", "in.png", "-o", "white.png")
+    assert opened("white.png").tobytes() == kept.convert("RGB").tobytes()
+    sample("-i", "in.png", "-o", "drop.png", "--alpha", "drop")
+    Path("opaque").mkdir()
+    opened("in.png").convert("RGB").save("opaque/in.png")
+    sample("-i", "opaque/in.png", "-o", "opaque.png")
+    assert Path("drop.png").read_bytes() == Path("opaque.png").read_bytes()
+
+
+def test_first_frame_is_said_once(sample, drawings):
+    frames = [opened(drawings / f"drawing-{i}.png") for i in range(3)]
+    for i in range(3):
+        frames[i].save(f"anim{i}.gif", save_all=True, append_images=frames)
+    result = sample("-i", "anim*.gif", "-o", "out/")
+    assert result.code == 0
+    assert result.err.count("several frames") == 1
+    sample("-i", drawings / "drawing-1.png", "-o", "one.png")
+    assert size_of(Path("out/anim1.png")) == (32, 32)
+
+
+# ------------------------------------------------------------------------------------------- teachers' options
+
+
+def test_options_of_a_teacher(sample, drawings, tiny_teacher):
+    def run(*args: object) -> bytes:
+        result = sample("-i", drawings / "drawing-0.png", "--teacher", tiny_teacher, "-o", "-", *args)
+        assert result.code == 0, result.err
+        return result.stdout
+
+    own = run()
+    assert run("--sampler", "dbim", "--sampler-option", "eta=1.0") == own
+    assert run("--sampler-option", "eta=0") != own
+    assert run("--sampler", "ddbm", "--nfe", 5, "--sampler-option", "churn=0") != own
+    assert run("--degrade", "sr4x-pool") != own
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--sampler", "dbim"], "--sampler: is for a teacher"),
+        (["--sampler-option", "eta=0"], "--sampler-option: is for a teacher"),
+        (["--preset", "ddbm-edges2handbags"], "--preset: is for a teacher"),
+        (["--teacher", "TINY", "--sampler", "euler"], "euler"),
+        (["--teacher", "TINY", "--sampler", "i2sb"], "not defined for a teacher of kind vp"),
+        (["--teacher", "TINY", "--sampler-option", "eta"], "expected KEY=VALUE"),
+        (["--teacher", "TINY", "--sampler-option", "rho=7"], "has no option 'rho'"),
+        (["--teacher", "TINY", "--label", "3"], "takes no --label"),
+        (["--mask", "center"], "takes no --mask"),
+        (["--degrade", "jpeg-55"], "no degradation 'jpeg-55'"),
+        (["--format", "gif"], "expected one of png"),
+        (["--format", "jpg", "-o", "x.png"], "ends in .png, but --format is jpg"),
+        (["--quality", "50"], "PNG has none"),
+        (["--alpha", "keep", "--format", "jpg"], "JPEG holds no transparency"),
+        (["--null"], "--null: says how the list"),
+        (["-i", "-", "--files-from", "-"], "stdin is an image or a list"),
+        (["--files-from", "absent"], "--files-from absent: cannot be read"),
+        (["--grid", "sheet.txt"], "expected the name of a picture"),
+        (["--grid", "a.png"], "a.png, an input or output"),
+        (["--grid", "a.ibmd.png"], "a.ibmd.png, an input or output"),
+    ],
+)
+def test_usage_of_options(sample, drawings, tiny_teacher, tmp_path, args, message):
+    shutil.copy(drawings / "drawing-0.png", "a.png")
+    before = tree(tmp_path)
+    result = sample("-i", "a.png", *(tiny_teacher if arg == "TINY" else arg for arg in args))
+    assert message in result.err
+    assert (result.code, result.stdout) == (2, b"")
+    assert tree(tmp_path) == before
+
+
+def teacher_with(tmp_path: Path, tiny_config: dict, **changes: object) -> Path:
+    predictor = make_predictor(tiny_config | changes).eval()
+    for name, p in predictor.named_parameters():
+        p.data = 0.2 * randn(p.shape, stream(0, name))
+    save_model(Teacher(predictor, tiny_config | changes), tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_masks(sample, drawings, tmp_path, tiny_config):
+    teacher = teacher_with(tmp_path, tiny_config, mask={"fill": "noise"})
+    with Image.open(drawings / "drawing-0.png") as image:
+        small = image.resize((16, 16))
+    small.save("a.png")
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 12, 12))
+    Path("masks").mkdir()
+    mask.save("masks/a.png")
+
+    def run(where: str, *args: object) -> bytes:
+        result = sample("-i", "a.png", "--teacher", teacher, "-o", "-", "--mask", where, *args)
+        assert result.code == 0, result.err
+        return result.stdout
+
+    result = run("center")
+    pixels = np.asarray(opened(io.BytesIO(result)))
+    known = np.asarray(mask) == 0
+    assert (pixels == np.asarray(small))[known].all()
+    assert run("masks") == run("masks/a.png") == result
+    degraded = sample("-i", "a.png", "--teacher", teacher, "-o", "-", "--degrade", "inpaint-center")
+    assert np.asarray(opened(io.BytesIO(degraded.stdout))).shape == pixels.shape
+    assert sample("-i", "a.png", "--teacher", teacher).code == 2
+    assert "no such file or folder" in sample("-i", "a.png", "--teacher", teacher, "--mask", "absent").err
+    small.save("b.png")
+    two = sample("-i", "a.png", "b.png", "--teacher", teacher, "--mask", "masks", "-o", "out/")
+    assert (two.code, two.paths) == (3, ["out/a.png"])
+    assert "b.png: no mask of that name in masks" in two.err
+
+
+def test_labels(sample, drawings, tmp_path, tiny_config):
+    network = tiny_config["network"] | {"num_classes": 3}
+    teacher = teacher_with(tmp_path, tiny_config, classes=3, network=network)
+    files = sorted(drawings.iterdir())[:3]
+
+    def run(label: str, out: str) -> dict[str, bytes]:
+        result = sample("-i", *files, "--teacher", teacher, "--label", label, "-o", out)
+        assert result.code == 0, result.err
+        return {Path(p).name: Path(p).read_bytes() for p in result.paths}
+
+    same = [run(str(i), f"{i}/") for i in range(3)]
+    Path("classes.csv").write_text(f"drawing-0.png,2\n{files[1]},0\ndrawing-2.png,1\n")
+    mixed = run("classes.csv", "mixed/")
+    for name, label in zip(sorted(mixed), (2, 0, 1), strict=True):
+        assert mixed[name] == same[label][name]
+        assert mixed[name] != same[(label + 1) % 3][name]
+    assert sample("-i", *files, "--teacher", teacher).code == 2
+    far = sample("-i", *files, "--teacher", teacher, "--label", "3", "-o", "far/")
+    assert far.code == 3
+    assert "needs a class from 0 to 2" in far.err
+    Path("bad.csv").write_text("drawing-0.png;2\n")
+    assert "expected lines PATH,CLASS" in sample("-i", *files, "--teacher", teacher, "--label", "bad.csv").err
+
+
+# ------------------------------------------------------------------------------------------------ contact sheet
+
+
+def test_grid(sample, drawings):
+    result = sample("-i", drawings, "-o", "out/", "--variants", 2, "--grid", "sheet.png")
+    assert len(result.paths) == 16
+    with Image.open("sheet.png") as sheet:
+        assert sheet.width > 3 * 128
+        first = np.asarray(sheet.crop((6, 6, 134, 134)))
+        second = np.asarray(sheet.crop((140, 6, 268, 134)))
+    with Image.open(drawings / "drawing-0.png") as source, Image.open("out/drawing-0.1.png") as made:
+        assert (first == np.asarray(source.convert("RGB").resize((128, 128), Image.Resampling.NEAREST))).all()
+        assert (second == np.asarray(made.resize((128, 128), Image.Resampling.NEAREST))).all()
+    refused = sample("-i", drawings, "-o", "other/", "--grid", "sheet.png")
+    assert (refused.code, "sheet.png: exists already" in refused.err) == (1, True)
+    before = Path("sheet.png").read_bytes()
+    assert "stays as it is" in sample("-i", drawings, "-o", "other/", "--grid", "sheet.png", "--on-exists", "skip").err
+    assert Path("sheet.png").read_bytes() == before
+    assert sample("-i", drawings, "-o", "out/", "--grid", "sheet.png", "--on-exists", "overwrite").code == 0
+    assert Path("sheet.png").read_bytes() != before
+
+
+# --------------------------------------------------------------------------------------------- hostile and many
+
+
+@pytest.mark.parametrize("options", [["--restore-size"], ["--fit", "tile", "--alpha", "keep"]])
+def test_hostile_files(sample, tmp_path, options, student):
+    """With a student of 16 pixels and two calls, which is fast."""
+    expected = write_corpus(tmp_path / "corpus")
+    result = sample("-i", "corpus", "-r", "-o", "out", "--json", "--student", student, *options)
+    assert result.code == 3
+    lines = {os.path.relpath(line["input"], "corpus"): line for line in result.lines}
+    assert set(lines) == set(expected)
+    for name, size in expected.items():
+        line = lines[name]
+        assert line["status"] == ("failed" if size is None else "done"), (name, line["error"])
+        if size is not None:
+            assert (line["input_width"], line["input_height"]) == size, name
+            with Image.open(line["output"]) as image:
+                image.load()
+                assert image.size == (line["width"], line["height"]) == size, name
+    assert len([f for f in (tmp_path / "out").rglob("*") if f.is_file()]) == len([s for s in expected.values() if s])
+    assert "\x1b" not in result.err
+
+
+def test_unreadable_places(sample, drawings, monkeypatch):
+    """Folders and files that the user may not read are named; root may read all, so it steps down for a moment."""
+    if os.geteuid() == 0 and not os.access("/tmp", os.X_OK):
+        pytest.skip("no common folder")
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        folder = Path(place, "in")
+        shutil.copytree(drawings, folder / "locked")
+        shutil.copytree(drawings, folder / "listed")
+        for file in (place, folder):
+            os.chmod(file, 0o755)
+        os.chmod(folder / "locked", 0)
+        os.chmod(folder / "listed", 0o444)  # its names can be read, its files not
+        found: list[OSError] = []
+        was = os.geteuid()
+        os.seteuid(65534 if was == 0 else was)
+        try:
+            assert find_images(folder, on_error=found.append) == []
+        finally:
+            os.seteuid(was)
+            os.chmod(folder / "locked", 0o755)
+    names = sorted(str(Path(error.filename).relative_to(folder)) for error in found)
+    assert names == sorted(["locked", *(f"listed/drawing-{i}.png" for i in range(8))])
+
+
+def test_pipeline_of_shell_tools(drawings, tmp_path):
+    """The example, on names that need care; the second time there is nothing left to do."""
+    (drawings / "deep").mkdir()
+    os.rename(drawings / "drawing-3.png", drawings / "deep" / "two words.png")
+    os.rename(drawings / "drawing-4.png", os.fsencode(drawings) + b"/new\nline\xe9.png")
+    script = Path(__file__).parent.parent / "examples" / "pipelines" / "changed.sh"
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run() -> dict[bytes, int]:
+        done = subprocess.run([script, "drawings", "out"], cwd=tmp_path, env=environ, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        lines = (line.split(b"\t") for line in done.stdout.split(b"\0") if line)
+        return {name: int(size) for size, name in lines}
+
+    made = run()
+    assert len(made) == 8
+    out = os.fsencode(tmp_path) + b"/out"
+    for name in (b"drawing-0.png", b"deep/two words.png", b"new\nline\xe9.png"):
+        assert made[out + b"/" + name] == os.path.getsize(out + b"/" + name)
+    assert run() == {}
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+def start(*args: object, cwd: Path, **environ: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ibmd_cli", "sample", *map(str, args)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | environ, stdout=pipe, stderr=pipe)
+
+
+def test_processes_divide_the_inputs(sample, drawings, tmp_path):
+    (drawings / "bad.png").write_text("no image")
+    alone = sample("-i", drawings, "-o", "alone/")
+    runs = [start("-i", drawings, "-o", "shared/", cwd=tmp_path, RANK=str(i), WORLD_SIZE="2") for i in range(2)]
+    ends = [run.communicate() for run in runs]
+    made = [set(out.decode().splitlines()) for out, _ in ends]
+    assert sorted(run.returncode for run in runs) == [0, 3]
+    assert [len(paths) for paths in made] == [4, 4]
+    assert not made[0] & made[1]
+    for path in alone.paths:
+        assert (tmp_path / path).read_bytes() == (tmp_path / "shared" / Path(path).name).read_bytes()
+
+
+def test_runs_that_skip_share_a_folder(drawings, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(48):
+        shutil.copy(drawings / f"drawing-{i % 8}.png", folder / f"{i:02d}.png")
+    runs = [start("-i", folder, "-o", "out", "--on-exists", "skip", cwd=tmp_path) for _ in range(2)]
+    ends = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ends
+    paths = [path for out, _ in ends for path in out.decode().splitlines()]
+    assert sorted(paths) == [f"out/{i:02d}.png" for i in range(48)]  # each by one of the two, none by both
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [f"{i:02d}.png" for i in range(48)]
+
+
+def test_claims(tmp_path):
+    output = tmp_path / "out" / ("a" * 251 + ".png")
+    with Claims() as mine, Claims() as others:
+        assert mine.take(output)
+        assert not others.take(output)
+        mine.give_back(output)
+        assert others.take(output)
+        output.touch()
+        others.give_back(output)
+        assert not mine.take(output)  # it is done
+        output.unlink()
+        assert mine.take(output)
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out" / _file(output).name).touch()  # left by a process that was killed
+    with Claims() as mine:
+        assert mine.take(output)
+
+
+def test_an_interrupted_run_continues(sample, drawings, tmp_path, monkeypatch):
+    whole = {path: (tmp_path / path).read_bytes() for path in sample("-i", drawings, "-o", "out/").paths}
+    shutil.rmtree("out")
+    write, count = Path.write_bytes, iter(range(100))
+
+    def interrupted(self: Path, data: bytes) -> int:
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    assert sample("-i", drawings, "-o", "out/", "--on-exists", "skip").code == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    there = tree(tmp_path / "out")
+    assert 0 < len(there) < 8
+    assert not any(name.startswith(".") for name in there)
+    rest = sample("-i", drawings, "-o", "out/", "--on-exists", "skip")
+    assert len(rest.paths) == 8 - len(there)
+    assert {path: (tmp_path / path).read_bytes() for path in whole} == whole
+
+
+@pytest.mark.slow
+def test_launcher(sample, drawings, tmp_path):
+    """One bad file in the share of one process does not stop the other, and the launcher tells of it."""
+    (drawings / "bad.png").write_text("no image")
+    for i in range(40):
+        shutil.copy(drawings / "drawing-0.png", drawings / f"more-{i}.png")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ibmd_cli", "sample"]
+    command += ["-i", str(drawings), "-o", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("48 done, 0 skipped, 1 failed") == 1
+    assert len(done.stdout.splitlines()) == len(list((tmp_path / "out").iterdir())) == 48
+
+
+@pytest.mark.slow
+def test_benchmark_of_a_folder():
+    script = Path(__file__).parent.parent / "examples" / "benchmarks" / "sample_folder.py"
+    command = [sys.executable, script, "--count", "40", "--rounds", "1", "--threads", "1"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rates = [float(line.split("images/s")[0].split()[-1]) for line in table.splitlines() if "images/s" in line]
+    assert len(rates) == 2
+    assert min(rates) > 0
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(drawings, tmp_path):
+    """Ten times as many images need no more memory, but for their names."""
+    code = (
+        "import sys; from pathlib import Path; from ibmd_cli.cli import app\n"
+        "sys.argv = ['ibmd', 'sample', *sys.argv[1:]]\n"
+        "try: app()\n"
+        "except SystemExit: print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0], file=sys.stderr)"
+    )
+    peaks = []
+    for count in (200, 2000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for i in range(count):
+            os.link(drawings / f"drawing-{i % 8}.png", folder / f"{i}.png")
+        command = [sys.executable, "-c", code, "-q", "-i", folder, "-o", tmp_path / f"out{count}", "--restore-size"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert len(done.stdout.splitlines()) == count, done.stderr
+        peaks.append(int(done.stderr))
+    assert peaks[1] < peaks[0] + 30_000  # KiB; 1,800 images of 32×32 would be 22,000 as floats, without their results
 
 
 # ------------------------------------------------------------------------------------------------- as a program

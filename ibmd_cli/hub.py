@@ -1,0 +1,436 @@
+"""Models that live elsewhere: the table of published teachers; verified downloads from, and uploads to, the Hub.
+
+A file is fetched by huggingface_hub into its own cache (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and tokens as
+everywhere), and its hash compared, once, with the one that the Hub keeps of it. What is published arrives whole, in
+one commit. Every failure is one line.
+"""
+
+import difflib
+import errno
+import hashlib
+import math
+import os
+import re
+import time
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from ibmd_cli import __version__
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
+from ibmd_cli.files import atomic_file
+from ibmd_cli.reporting import Reporter, is_plain
+
+MB = 1_000_000
+TRIES = 3
+LOST = {"NetworkError", "RemoteProtocolError"}
+"""A connection that broke, where huggingface_hub did not mend it. Of httpx in its version 1, of httpx2 in version 2."""
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+HF = re.compile(
+    r"hf://(?P<repo>[^\s/@]+/[^\s/@]+)(@(?P<revision>refs/(pr|convert)/[^\s/@]+|[^\s/@]+))?(/(?P<file>.+))?"
+)
+
+T = TypeVar("T")
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is made once and kept: `$IBMD_CACHE`, `$XDG_CACHE_HOME/ibmd` or `~/.cache/ibmd`."""
+    if own := os.environ.get("IBMD_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ibmd"
+
+
+# ----------------------------------------------------------------------------------------------- published teachers
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """Return the row of each published teacher by its alias (`teachers.toml`, which says what the keys mean)."""
+    table = tomllib.loads((Path(__file__).parent / "teachers.toml").read_text(encoding="utf-8"))
+    absent = {"classes": None, "mask": None}  # TOML has no null
+    return {alias: {**absent, **table["defaults"][row["family"]], **row} for alias, row in table["teachers"].items()}
+
+
+def locate(alias: str, *, quiet: bool = False) -> Path:
+    """Return the checkpoint of a published teacher, as its authors wrote it.
+
+    Args:
+        alias: a key of `published`.
+        quiet: show no progress.
+
+    Raises:
+        NotAvailable: no such alias; or its authors keep the file where it must be fetched by hand (the message tells
+            where, and what to do then); or see `download`.
+        IbmdError: see `download`.
+    """
+    rows = published()
+    if alias not in rows:
+        near = difflib.get_close_matches(alias, rows, n=3, cutoff=0.4) or list(rows)
+        raise NotAvailable(f"no teacher hub:{alias}: nearest: {', '.join(near)} (ibmd distill --list-teachers)")
+    row = rows[alias]
+    if row["where"] == "hub":
+        return download(row["repo"], row["file"], quiet=quiet)
+    place = "into one folder, and name it: --teacher FOLDER" if len(row["files"]) > 1 else "and name it: --teacher FILE"
+    raise NotAvailable(
+        f"hub:{alias}: its authors keep it on Google Drive: download {' and '.join(row['files'])} from {row['url']} "
+        f"(if Drive asks, request access) {place} --preset {alias}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the Hub
+
+
+def parse_hf(reference: str) -> tuple[str, str | None, str | None]:
+    """Split `hf://OWNER/REPO[@REVISION][/FILE]`.
+
+    Args:
+        reference: the text. A revision is a branch, tag or commit; a `/` in it is written `%2F`, save in `refs/pr/1`.
+
+    Returns:
+        OWNER/REPO, the revision or None, the path of the file in the repository or None.
+
+    Raises:
+        UsageError: it is not of this form.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    wrong = f"{reference!r}: expected hf://OWNER/REPO, hf://OWNER/REPO@REVISION or hf://OWNER/REPO[@REVISION]/FILE"
+    match = HF.fullmatch(reference)
+    if match is None:
+        raise UsageError(wrong)
+    repo, revision, file = match["repo"], match["revision"], match["file"]
+    if repo.split("/")[0] in ("models", "datasets", "spaces", "buckets"):
+        raise UsageError(f"{wrong}, of a model: leave out models/")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(f"{wrong} ({error})") from error
+    if file is not None and {"", ".", ".."} & set(re.split(r"[/\\]", file)):
+        raise UsageError(f"{wrong}; FILE may not have empty parts, '.' or '..'")
+    return repo, None if revision is None else unquote(revision), file
+
+
+def snapshot(repo: str, revision: str | None = None, *, quiet: bool = False) -> Path:
+    """Fetch a model folder of ibmd from the Hub: config.json, model.safetensors, and README.md if there is one.
+
+    Args:
+        repo: OWNER/REPO.
+        revision: branch, tag or commit; None for the main branch.
+        quiet: show no progress.
+
+    Returns:
+        The folder in the cache of the Hub. All files are of one commit, whatever is pushed in the meantime.
+
+    Raises:
+        NotAvailable, IbmdError: see `download`.
+    """
+    folder = download(repo, "config.json", revision=revision, quiet=quiet).parent  # …/snapshots/COMMIT
+    download(repo, "model.safetensors", revision=folder.name, quiet=quiet)
+    with suppress(NotAvailable):  # the card is for people
+        download(repo, "README.md", revision=folder.name, quiet=quiet)
+    return folder
+
+
+def download(repo: str, file: str, *, revision: str | None = None, quiet: bool = False) -> Path:
+    """Fetch a file from the Hub, or find it in the cache.
+
+    A connection that breaks is taken up where it broke. The file's hash is compared with the Hub's when it comes, and
+    again only if the file has changed.
+
+    Args:
+        repo: OWNER/REPO.
+        file: path in the repository.
+        revision: branch, tag or commit; None for the main branch.
+        quiet: show no progress, nor what huggingface_hub has to say.
+
+    Returns:
+        The path in the cache of the Hub; read only.
+
+    Raises:
+        NotAvailable: there is no such repository, revision or file; it is gated; there is no network, or
+            `HF_HUB_OFFLINE` is set, and the file is not in the cache.
+        IbmdError: it came truncated or with a wrong hash, and is not kept; or the disk is full.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    name = f"hf://{repo}{'@' + revision if revision else ''}/{file}"
+    bar: Any = _bar(Reporter(quiet or are_progress_bars_disabled()), file)
+
+    def fetch() -> Path:
+        path = Path(hf_hub_download(repo, file, revision=revision, tqdm_class=bar))
+        _verify(path, name)
+        return path
+
+    with _manners(quiet):
+        return _persist(fetch, lambda error: _explain(error, name, repo, revision))
+
+
+def _persist(call: Callable[[], T], explain: Callable[[Exception], IbmdError]) -> T:
+    """Call until it succeeds, again only where the connection broke; else raise what `explain` makes of the error."""
+    tries = TRIES
+    while True:
+        tries -= 1
+        try:
+            return call()
+        except IbmdError:
+            raise
+        except Exception as error:
+            if tries == 0 or not _is_lost(error):
+                raise explain(error) from error
+            time.sleep(1)
+
+
+def _is_lost(error: Exception) -> bool:
+    return bool(LOST & {cls.__name__ for cls in type(error).__mro__})
+
+
+@contextmanager
+def _manners(quiet: bool) -> Iterator[None]:
+    """Have huggingface_hub refuse what the disk cannot hold, rather than warn, and be silent if asked."""
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    if quiet:
+        logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Not enough free disk space")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _explain(error: Exception, name: str, repo: str, revision: str | None) -> IbmdError:
+    """Return the error to show for one of huggingface_hub's."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    match error:
+        case errors.GatedRepoError():
+            return NotAvailable(f"{name}: gated: accept its terms at {page}, then log in: hf auth login")
+        case errors.RepositoryNotFoundError():
+            return NotAvailable(f"{name}: no repository {page}; if it is private, log in: hf auth login")
+        case errors.RevisionNotFoundError():
+            return NotAvailable(f"{name}: no revision {revision!r}: see {page}/commits")
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            if constants.HF_HUB_OFFLINE:
+                return NotAvailable(
+                    f"{name}: not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
+                    "unset it, or fetch the file where there is a network"
+                )
+            why = next(iter(str(error.__cause__ or error).strip().splitlines()), "")
+            return NotAvailable(
+                f"{name}: not in the cache, and {constants.ENDPOINT} does not answer ({why}): "
+                "is there a network, and is HF_ENDPOINT right?"
+            )
+        case errors.EntryNotFoundError():
+            return NotAvailable(f"{name}: no such file: see {page}/tree/{revision or 'main'}")
+        case OSError(errno=number) if number in NO_SPACE:
+            return _no_space(name, said)
+        case UserWarning():
+            return _no_space(name, said)
+        case OSError() if "Consistency check failed" in said:
+            return IbmdError(f"{name}: truncated ({said}): try again")
+    return NotAvailable(f"{name}: cannot be fetched ({type(error).__name__}: {said})")
+
+
+def _no_space(name: str, said: str) -> IbmdError:
+    return IbmdError(f"{name}: the disk is full ({said}): make room, or set HF_HOME to a folder on another disk")
+
+
+# ------------------------------------------------------------------------------------------------------- uploads
+
+
+def repository(name: str) -> str:
+    """Return OWNER/REPO of a name, which may begin with `hf://`.
+
+    Raises:
+        UsageError: it is of another form.
+    """
+    try:
+        repo, revision, file = parse_hf(f"hf://{name.removeprefix('hf://')}")
+    except UsageError:
+        repo, revision, file = "", None, None
+    if not repo or revision or file:
+        raise UsageError(f"--push-to {name!r}: expected OWNER/REPO, of letters, digits, '-', '_' and '.'")
+    return repo
+
+
+def push(files: Mapping[str, Path | bytes], repo: str, *, public: bool = False, quiet: bool = False) -> str:
+    """Publish files on the Hub in one commit: all of them or none. A repository that is not there yet is made.
+
+    The same call again changes nothing if all arrived, so it may be repeated whatever happened.
+
+    Args:
+        files: path in the repository → a file, or its content.
+        repo: OWNER/REPO.
+        public: make a new repository public. Otherwise it is private, and one that is public already is refused.
+        quiet: show no progress.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UsageError: `repo` is not OWNER/REPO; or it is public, and `public` is not set.
+        NotAvailable: not logged in, not allowed to write there, no network, or `HF_HUB_OFFLINE` is set.
+        IbmdError: the Hub refuses the card.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+
+    repo, reporter, api = repository(repo), Reporter(quiet), HfApi()
+    if constants.HF_HUB_OFFLINE:
+        raise NotAvailable(f"hf://{repo}: HF_HUB_OFFLINE is set: unset it to push")
+    if get_token() is None:
+        raise NotAvailable(f"hf://{repo}: not logged in: hf auth login, or set HF_TOKEN to a token that may write")
+
+    def upload() -> str:
+        url = str(api.create_repo(repo, private=not public, exist_ok=True))
+        is_private = api.model_info(repo).private
+        if not is_private and not public:
+            raise UsageError(f"hf://{repo}: is there, and public: add --public to push where all can read")
+        if is_private and public:
+            reporter.warn(f"hf://{repo}: is there, and stays private: make it public at {url}/settings")
+        # Not `upload_folder`, which may make several commits.
+        added = [CommitOperationAdd(path, content) for path, content in files.items()]
+        api.create_commit(repo, added, commit_message=f"Upload by ibmd {__version__}")
+        return url
+
+    size = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
+    reporter.note(f"pushing {len(files)} files, {size / MB:.1f} MB, to {constants.ENDPOINT}/{repo}")
+    with _manners(quiet), _bars(not quiet and not is_plain()), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        url = _persist(upload, lambda error: _explain_push(error, repo))
+    for warning in caught:
+        if "metadata" in (told := " ".join(str(warning.message).split())):  # what the Hub has to say of the card
+            reporter.warn(f"hf://{repo}: {told}")
+    return url
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Turn huggingface_hub's own progress bars off, unless they are to be shown."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _explain_push(error: Exception, repo: str) -> IbmdError:
+    """Return the error to show for one of huggingface_hub's while it uploads."""
+    from huggingface_hub import constants
+
+    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):  # of the upload of a large file
+        error = error.__cause__
+    name, page = f"hf://{repo}", constants.ENDPOINT
+    lines = str(getattr(error, "server_message", None) or error).split("\n")
+    said = next((line for line in lines if line.strip()), type(error).__name__)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return NotAvailable(f"{name}: {page} does not accept this login ({said}): log in again: hf auth login")
+    if status in (403, 404):
+        return NotAvailable(
+            f"{name}: this login may not write there ({said}): name a repository of your own, or use a token that may "
+            f"write: {page}/settings/tokens"
+        )
+    if _is_lost(error):
+        return NotAvailable(
+            f"{name}: the connection to {page} broke, or there was none ({type(error).__name__}: {said}): "
+            "run the same command again"
+        )
+    if isinstance(error, ValueError):
+        return IbmdError(f"{name}: the Hub refuses it: {' '.join(str(error).split())}")
+    return NotAvailable(f"{name}: cannot be pushed ({type(error).__name__}: {said}): run the same command again")
+
+
+# ---------------------------------------------------------------------------------------------------------- means
+
+
+def _verify(path: Path, name: str) -> None:
+    """Compare a file of the Hub's cache with the hash that the Hub keeps of it, unless that was done before."""
+    blob = path.resolve()
+    record = cache_folder() / "verified" / hashlib.sha256(str(blob).encode()).hexdigest()
+    stat = blob.stat()
+    state = f"{stat.st_size} {stat.st_mtime_ns} {blob}\n"
+    if record.is_file() and record.read_text() == state:
+        return
+    expected = _expected_hash(path)
+    with blob.open("rb") as stream:
+        if re.fullmatch("[0-9a-f]{64}", expected):  # a large file
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        elif re.fullmatch("[0-9a-f]{40}", expected):  # a small one, kept in git itself as a blob
+            found = hashlib.sha1(f"blob {stat.st_size}\0".encode() + stream.read(), usedforsecurity=False).hexdigest()
+        else:
+            raise IbmdError(f"{name}: cannot be verified: the server names no hash of it, only {expected!r}")
+    if found != expected:
+        blob.unlink()
+        path.unlink(missing_ok=True)
+        raise IbmdError(f"{name}: its hash is {found}, expected {expected}: deleted; try again")
+    with suppress(OSError), atomic_file(record) as new:  # where nothing can be kept, each use verifies
+        new.write_text(state)
+
+
+def _expected_hash(path: Path) -> str:
+    """Return the Hub's hash of a file in its cache, `…/models--OWNER--REPO/snapshots/COMMIT/FILE`.
+
+    The file is a link to a blob of that name; where the system has no links, the Hub is asked.
+    """
+    if path.is_symlink():
+        return path.readlink().name
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    place = next(folder for folder in path.parents if folder.parent.name == "snapshots")
+    repo = place.parent.parent.name.removeprefix("models--").replace("--", "/")
+    url = hf_hub_url(repo, path.relative_to(place).as_posix(), revision=place.name)
+    return str(get_hf_file_metadata(url).etag)
+
+
+def _bar(reporter: Reporter, file: str) -> type:
+    """Return the class that huggingface_hub is to use for progress in place of tqdm's; its bars are `reporter`'s."""
+
+    class Bar:
+        def __init__(self, *, total: int | None = None, initial: int = 0, **_: Any) -> None:
+            self.total, self.n = total or 0, initial
+            self.stack = ExitStack()
+            shown = reporter if self.total >= MB else Reporter(quiet=True)
+            meter = shown.progress(file, _megabytes(self.total), "MB", _megabytes(initial))
+            self.meter = self.stack.enter_context(meter)
+
+        def update(self, n: int = 1) -> None:
+            before, self.n = _megabytes(self.n), self.n + n
+            if _megabytes(self.n) != before:
+                self.meter.advance(_megabytes(self.n) - before)
+
+        def update_transfer(self, n: int = 1) -> None:
+            """Bytes over the wire, which may be fewer than the file's: one bar is enough."""
+
+        def set_postfix_str(self, *_: Any, **__: Any) -> None:
+            """The rate, which the meter finds itself."""
+
+        set_transfer_postfix_str = set_postfix_str
+
+        def close(self) -> None:
+            self.stack.close()
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.close()
+
+    return Bar
+
+
+def _megabytes(n: int) -> int:
+    return math.ceil(n / MB)

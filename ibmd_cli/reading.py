@@ -1,0 +1,142 @@
+"""Read inputs for `ibmd sample`, each with its mask and its class, ready for the model."""
+
+import csv
+import io
+import os
+import sys
+import time
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from PIL import Image
+
+from ibmd_cli.decoding import Picture, decode, read_picture, shown
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.jobs import Job, SampleConfig, Source
+from ibmd_cli.sharing import Claims
+from ibmd_cli.sheets import thumbnail
+from ibmd_cli.translating import Piece, Translator
+
+
+class Task(NamedTuple):
+    """What is to become of a translated piece: its job, and what the input says beside its pixels."""
+
+    job: Job
+    dpi: tuple[float, float] | None
+    credits: dict[int, str]
+    thumbnail: Image.Image | None
+
+
+class Read:
+    """An input that was read, or why it was not; with a task for each of its jobs."""
+
+    def __init__(self, source: Source, jobs: list[Job]) -> None:
+        self.source, self.jobs = source, jobs
+        self.tasks: list[Task] = []
+        self.skipped: list[Job] = []
+        self.piece: Piece | None = None
+        self.error: IbmdError | None = None
+        self.several = False
+        self.seconds = 0.0
+
+
+class Inputs:
+    """Reads an input with all that belongs to it, and fits it for the model."""
+
+    def __init__(self, config: SampleConfig, translator: Translator) -> None:
+        self.config, self.translator = config, translator
+        self.label = _labels(config.label)
+        self.mask = config.mask
+        if config.degrade == "inpaint-center" and translator.fill and self.mask is None:
+            self.mask = "center"
+        for option, given, needed in (
+            ("--label N, or --label FILE.csv,", config.label, translator.classes),
+            ("--mask FILE, --mask FOLDER or --mask center,", self.mask, translator.fill),
+        ):
+            if needed and given is None:
+                raise UsageError(f"{translator.model.name}: takes {option} beside the image")
+            if given is not None and not needed:
+                raise UsageError(f"{translator.model.name}: takes no {option.split()[0]}; leave it out")
+        if self.mask not in (None, "center") and not os.path.exists(str(self.mask)):
+            raise UsageError(f"--mask {shown(str(self.mask))}: no such file or folder")
+
+    def read(self, group: tuple[Source, list[Job]], claims: Claims) -> "Read":
+        """Read one input for its jobs, without those that another process is doing or has done."""
+        began = time.monotonic()
+        source, jobs = group
+        read = Read(source, jobs)
+        try:
+            if self.config.on_exists == "skip":
+                read.jobs = [job for job in jobs if job.output is None or _claim(claims, job.output)]
+                read.skipped = [job for job in jobs if job not in read.jobs]
+            if read.jobs:
+                picture = self._picture(source.path)
+                read.several = picture.several
+                small = thumbnail(picture.rgb) if self.config.grid else None
+                read.tasks = [Task(job, picture.dpi, picture.credits, small) for job in read.jobs]
+                mask, label = self._mask(source, picture), self._label(source)
+                read.piece = self.translator.prepare(picture, PurePath(source.name).name, mask, label)
+        except IbmdError as error:
+            read.error = error
+            for job in read.jobs:
+                if job.output is not None:
+                    claims.give_back(job.output)
+        read.seconds = time.monotonic() - began
+        return read
+
+    def _picture(self, path: Path | None) -> Picture:
+        limit, alpha = self.config.max_pixels, self.config.alpha
+        if path is not None:
+            return read_picture(path, limit, alpha)
+        most = 8 * limit  # bytes: four channels of 16 bits
+        content = sys.stdin.buffer.read(most + 1)
+        if len(content) > most:
+            raise IbmdError(f"stdin: more than {most:,} bytes: make the image smaller or raise --max-pixels")
+        return decode(io.BytesIO(content), "stdin", limit, alpha)
+
+    def _label(self, source: Source) -> int | None:
+        if not isinstance(self.label, dict):
+            return self.label
+        for key in (str(source), source.name):
+            if key in self.label:
+                return self.label[key]
+        raise IbmdError(f"{shown(source.name)}: no class for it in {self.config.label}")
+
+    def _mask(self, source: Source, picture: Picture) -> Image.Image | None:
+        if self.mask is None:
+            return None
+        width, height = picture.rgb.size
+        if self.mask == "center":
+            mask = Image.new("1", (width, height))
+            mask.paste(1, (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
+            return mask
+        file = Path(self.mask)
+        if file.is_dir():
+            name = PurePath(source.name)
+            alike = [file / name, *(file / name.with_suffix(suffix) for suffix in (".png", ".webp", ".tif", ".bmp"))]
+            found = [path for path in alike if path.is_file()]
+            if not found:
+                raise IbmdError(f"{shown(source.name)}: no mask of that name in {shown(file)}")
+            file = found[0]
+        grey = read_picture(file, self.config.max_pixels, "drop").rgb.convert("L")
+        return grey.point(lambda value: 255 * (value > 127), "1")
+
+
+def _claim(claims: Claims, output: Path) -> bool:
+    try:
+        return claims.take(output)
+    except OSError as error:
+        raise IbmdError(f"{shown(output)}: cannot be written ({error.strerror})") from error
+
+
+def _labels(label: str | None) -> int | dict[str, int] | None:
+    """Read `--label`: a class, or a CSV file with lines PATH,CLASS."""
+    if label is None or label.lstrip("-").isdigit():
+        return None if label is None else int(label)
+    try:
+        with open(label, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            return {path: int(number) for path, number in csv.reader(file)}
+    except OSError as error:
+        raise UsageError(f"--label {shown(label)}: not a class, and no file ({error.strerror})") from error
+    except ValueError as error:
+        raise UsageError(f"--label {shown(label)}: expected lines PATH,CLASS ({error})") from error

@@ -1,0 +1,142 @@
+"""Teachers by reference: embedded, in a model folder, as their authors published them, or on the Hub.
+
+A published checkpoint is converted once to a model folder in the cache; from then on it is one like any other.
+"""
+
+import difflib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ibmd_cli import hub
+from ibmd_cli.checkpoints import Checkpoint, convert, infer_network, read_checkpoint
+from ibmd_cli.errors import UsageError
+from ibmd_cli.models import FORMAT_VERSION, Teacher, is_model, list_builtin, load_model, resolve
+
+
+def load_teacher(
+    reference: str,
+    *,
+    preset: str | None = None,
+    device: torch.device | str = "cpu",
+    head_channels: int | None = None,
+    attention_order: str | None = None,
+    quiet: bool = False,
+) -> Teacher:
+    """Load a teacher.
+
+    Args:
+        reference: `builtin:NAME`, `hub:ALIAS` (a published teacher), `hf://OWNER/REPO[@REV][/FILE]`, a model folder, or
+            a checkpoint as published (a file, or I2SB's folder).
+        preset: alias of the published teacher that a checkpoint is like, where its contents cannot tell.
+        device: where to put it.
+        head_channels: width of an attention head, where a checkpoint differs from its family.
+        attention_order: "new" or "legacy", likewise.
+        quiet: show no progress of downloads.
+
+    Returns:
+        The teacher: `predict_x0`, `bridge`, `translate`; in eval mode, float32.
+
+    Raises:
+        NotAvailable: there is no such model here, or it cannot be fetched.
+        UsageError: no such preset.
+        IbmdError: the file is not a teacher, is damaged, or is another than the preset's.
+    """
+    folder = find_teacher(reference, preset, head_channels, attention_order, quiet)
+    teacher = load_model(str(folder), "teacher")
+    assert isinstance(teacher, Teacher)
+    teacher.to(device)
+    return teacher
+
+
+def find_teacher(
+    reference: str,
+    preset: str | None = None,
+    head_channels: int | None = None,
+    attention_order: str | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Return the model folder of a teacher, fetched and converted first where that is needed; see `load_teacher`."""
+    table = hub.published()
+    if preset is not None and preset not in table:
+        near = difflib.get_close_matches(preset, table, n=3, cutoff=0.4) or list(table)
+        raise UsageError(f"--preset {preset}: no such published teacher: nearest: {', '.join(near)}")
+    if reference.startswith("hub:"):
+        alias = reference.removeprefix("hub:")
+        path, preset = hub.locate(alias, quiet=quiet), preset or alias
+    elif reference.startswith("hf://"):
+        repo, revision, file = hub.parse_hf(reference)
+        path = (
+            hub.download(repo, file, revision=revision, quiet=quiet)
+            if file
+            else hub.snapshot(repo, revision, quiet=quiet)
+        )
+    elif reference.startswith("builtin:") or is_model(Path(reference)) or not Path(reference).exists():
+        return resolve(reference, "teacher")
+    else:
+        path = Path(reference)
+    if is_model(path):
+        return path
+    return _converted(path, reference, preset, head_channels, attention_order)
+
+
+def _converted(
+    path: Path, reference: str, preset: str | None, head_channels: int | None, attention_order: str | None
+) -> Path:
+    """Return the model folder that a published checkpoint becomes: in the cache, made now unless it is there."""
+    files = sorted(f for f in ([path] if path.is_file() else path.glob("*")) if f.is_file())
+    parts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = repr((parts, preset, head_channels, attention_order, FORMAT_VERSION))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    cache = hub.cache_folder() / "teachers"
+    found = next(cache.glob(f"*-{digest}"), None)
+    if found is not None and is_model(found):
+        return found
+    alias = preset or recognise(read_checkpoint(path))
+    name = alias or (path if path.is_dir() else path.with_suffix("")).name
+    folder = cache / f"{name}-{digest}"
+    convert(
+        path, folder, name=name, preset=hub.published()[alias] if alias else None, head_channels=head_channels,
+        attention_order=attention_order, source=reference,
+    )  # fmt: skip
+    return folder
+
+
+def recognise(checkpoint: Checkpoint) -> str | None:
+    """Return the alias of the published teacher that a checkpoint is, as far as its contents tell; else None."""
+    table = hub.published()
+    if checkpoint.family == "i2sb":
+        alias = f"i2sb-{checkpoint.options['corrupt']}" if checkpoint.options else None
+        return alias if alias in table else None
+    shapes = {key: tuple(v.shape) for key, v in checkpoint.tensors.items()}
+    network = infer_network(shapes, attention_order="new", head_channels=1)
+    size = {4: 64, 6: 256}.get(len(network.channel_mult))  # ADM's levels for an image size
+    of_family = {alias: row for alias, row in table.items() if row["family"] == checkpoint.family}
+    return next((alias for alias, row in of_family.items() if row["image_size"] == size), None)
+
+
+def list_teachers() -> list[dict[str, Any]]:
+    """Return a row for each known teacher, embedded and published."""
+    rows = list_builtin()
+    for alias, row in hub.published().items():
+        bridge = row["bridge"]
+        kind = f"{'conditional' if row['conditional'] else 'unconditional'} {bridge['kind']}"
+        rows.append(
+            {
+                "teacher": f"hub:{alias}",
+                "task": row["task"],
+                "pixels": row["image_size"],
+                "kind": kind + (", noise-free" if bridge.get("noise_free") else ""),
+                "parameters": row["parameters"],
+                "bytes": row["bytes"],
+                "source": f"hf://{row['repo']}/{row['file']}" if row["where"] == "hub" else row["url"],
+                "licence": row["licence"],
+                "paper row": row["paper_row"] or "-",
+                "dataset": row["dataset"],
+            }
+        )
+    return rows
+
+

@@ -1,0 +1,62 @@
+"""Canvases larger than a model, in overlapping tiles that are blended without seams."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+OVERLAP = 0.25
+"""Least share of a tile that it has in common with the next."""
+
+
+def starts(length: int, side: int) -> list[int]:
+    """Return where tiles of `side` pixels begin along an axis of `length` ≥ `side` pixels, evenly spread."""
+    between = max(1, math.floor(side * (1 - OVERLAP)))
+    count = 1 + math.ceil((length - side) / between)
+    return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
+
+
+def weights(places: Sequence[int], length: int, side: int) -> Tensor:
+    """Return what each tile counts along an axis: (tiles, side), smooth, and of sum 1 at every pixel."""
+    window = torch.sin(torch.pi * (torch.arange(side, dtype=torch.float64) + 0.5) / side) ** 2
+    total = torch.zeros(length, dtype=torch.float64)
+    for place in places:
+        total[place : place + side] += window
+    return torch.stack([window / total[place : place + side] for place in places]).float()
+
+
+class Tiles:
+    """Where the tiles of a canvas lie, row by row. A canvas of the size of a tile has one tile, which is itself.
+
+    Args:
+        height: of the canvas, at least `side`.
+        width: likewise.
+        side: height and width of a tile.
+        scale: results are this many times as large.
+    """
+
+    def __init__(self, height: int, width: int, side: int, scale: int = 1) -> None:
+        self.height, self.width, self.side, self.scale = height, width, side, scale
+        self.tops, self.lefts = starts(height, side), starts(width, side)
+        self.rows = weights([scale * top for top in self.tops], scale * height, scale * side)
+        self.columns = weights([scale * left for left in self.lefts], scale * width, scale * side)
+
+    def __len__(self) -> int:
+        return len(self.tops) * len(self.lefts)
+
+    def cut(self, x: Tensor, i: int) -> Tensor:
+        """Return tile `i` of a canvas (C, height, width), a view."""
+        top, left = self.tops[i // len(self.lefts)], self.lefts[i % len(self.lefts)]
+        return x[:, top : top + self.side, left : left + self.side]
+
+    def blank(self, channels: int) -> Tensor:
+        """Return a result to which nothing was added: (channels, scale · height, scale · width)."""
+        return torch.zeros(channels, self.scale * self.height, self.scale * self.width)
+
+    def add(self, result: Tensor, i: int, tile: Tensor) -> None:
+        """Add translated tile `i`, (C, scale · side, scale · side), to a result; the sum of all is their blend."""
+        row, column = divmod(i, len(self.lefts))
+        top, left, side = self.scale * self.tops[row], self.scale * self.lefts[column], self.scale * self.side
+        weight = self.rows[row][:, None] * self.columns[column]
+        result[:, top : top + side, left : left + side] += weight * tile

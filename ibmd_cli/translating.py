@@ -1,0 +1,248 @@
+"""Translate images of any size with a model: fit, degrade or fill, run the network, and come back.
+
+Every image has noise of its own, a stream named by seed, name and variant; and on a CPU the network always takes the
+same number of images at once. So a picture depends neither on its batch nor on the order of the images. The tiles of
+an image (`fit="tile"`) all start from the same stream, so that a student whose z says "red" says it everywhere.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ibmd_cli.decoding import Picture
+from ibmd_cli.degradations import check_name, degrade, fill_hole
+from ibmd_cli.distillation import Sources
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.images import Geometry, enlarged, fit, lay, lay_mask, to_image, unfit
+from ibmd_cli.models import Student, Teacher
+from ibmd_cli.mosaics import enlarge
+from ibmd_cli.noise import stream
+from ibmd_cli.tiles import Tiles
+
+CPU_BATCH_PIXELS = 8 * 32 * 32  # fills a core with small images; large ones go one by one
+FITS = ("pad", "stretch", "crop", "tile")
+
+
+@dataclass
+class Piece:
+    """An image on its way through a model.
+
+    Attributes:
+        name: names its noise, with the seed and the variant.
+        x: its canvas, (3, H, W) in [-1, 1]: a square of the model's size, or larger, in tiles.
+        tiles: of the canvas.
+        geometry: how the image lies there; None if the canvas is all there is.
+        alpha: transparency that the result is to have, mode L.
+        original: the image, mode RGB, and its hole, mode 1, if known pixels come back in the image's own size.
+        hole: (1, H, W), on the canvas, 1 or True is to be filled; None without.
+        label: class, for models that have classes.
+        variant: from 1.
+        task: whatever the caller wants to find again.
+        seconds: spent on it so far.
+        x_0: its translation, (3, scale · H, scale · W) in [-1, 1]; None before it begins.
+    """
+
+    name: str
+    x: Tensor
+    tiles: Tiles
+    geometry: Geometry | None = None
+    alpha: Image.Image | None = None
+    original: tuple[Image.Image, Image.Image] | None = None
+    hole: Tensor | None = None
+    label: int | None = None
+    variant: int = 1
+    task: Any = None
+    seconds: float = 0.0
+    x_0: Tensor | None = None
+
+
+class Translator:
+    """A model, and how images are translated with it.
+
+    Args:
+        model: on the device where it is to run.
+        seed: of all noise.
+        fit: "pad", "stretch", "crop" or "tile", see `images.fit`.
+        restore_size: give results the size of their images. Otherwise they have the model's; with "tile" that of their
+            image, times the factor of a super-resolution model.
+        batch_size: images in the network at once. On a CPU, the model's image size decides alone.
+        nfe: network calls per image; None for what the model says.
+        sampler: of a teacher, see `samplers.SAMPLERS`; None for what it says.
+        options: of the sampler.
+        degradation: images are clean, and degraded first: a key of `degradations.DEGRADATIONS`.
+        warn: told when memory does not suffice for the batch.
+
+    Raises:
+        UsageError: the model cannot be used in this way.
+
+    A model for super-resolution (`source_scale` in the section `image` of its configuration) takes images as they are,
+    in low resolution: they are fitted to its size divided by the factor, and enlarged by repetition of pixels.
+    """
+
+    def __init__(
+        self,
+        model: Student | Teacher,
+        *,
+        seed: int = 0,
+        fit: str = "pad",
+        restore_size: bool = False,
+        batch_size: int = 16,
+        nfe: int | None = None,
+        sampler: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        degradation: str | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        if fit not in FITS:
+            raise UsageError(f"fit {fit!r}: expected {', '.join(FITS)}")
+        if degradation is not None:
+            check_name(degradation)
+        if isinstance(model, Student):
+            if nfe not in (None, model.nfe):
+                raise UsageError(f"--nfe {nfe}: {model.name} was distilled for {model.nfe}; leave --nfe out")
+            self.nfe = model.nfe
+        else:
+            self.nfe = nfe or int(model.config["sampling"]["nfe"])
+        self.model, self.seed, self.fit, self.restore_size = model, seed, fit, restore_size
+        self.sampler, self.options, self.degradation, self.warn = sampler, dict(options or {}), degradation, warn
+        self.device = next(model.predictor.parameters()).device
+        self.side = model.image_size
+        self.scale = 1 if degradation else model.source_scale
+        self.classes = model.config.get("classes")
+        self.fill = (model.config.get("mask") or {}).get("fill")
+        self.fixed = self.device.type == "cpu"
+        self.size = max(1, CPU_BATCH_PIXELS // self.side**2) if self.fixed else batch_size
+
+    def prepare(self, picture: Picture, name: str, mask: Image.Image | None = None, label: int | None = None) -> Piece:
+        """Fit an image for the model.
+
+        Args:
+            picture: upright sRGB.
+            name: names its noise.
+            mask: white = hole; in the image's size, or enlarged or reduced to it (nearest pixel).
+            label: class.
+
+        Raises:
+            IbmdError: see `canvas`.
+        """
+        x, geometry = fit(picture.rgb, self.side // self.scale, self.fit)
+        hole = None
+        if mask is not None:
+            mask = mask.convert("1", dither=Image.Dither.NONE).resize(picture.rgb.size, Image.Resampling.NEAREST)
+            hole = lay_mask(mask, geometry)
+        piece = self.canvas(x, name, hole, label)
+        piece.geometry, piece.alpha = geometry, picture.alpha
+        if self.restore_size:
+            piece.original = None if mask is None else (picture.rgb, mask)
+        elif picture.alpha is not None and self.fit != "tile":
+            piece.alpha = lay(picture.alpha, geometry)
+        return piece
+
+    def canvas(self, x: Tensor, name: str, hole: Tensor | None = None, label: int | None = None) -> Piece:
+        """Prepare an image that has the model's size already, or is larger and to be translated in tiles.
+
+        Args:
+            x: (3, H, W) in [-1, 1].
+            name: names its noise.
+            hole: (1, H, W), 1 or True is to be filled.
+            label: class.
+
+        Raises:
+            IbmdError: the model needs a hole or label and there is none, or the reverse; or x has another size.
+        """
+        if self.classes and (label is None or not 0 <= label < self.classes):
+            raise IbmdError(
+                f"{name}: {self.model.name} needs a class from 0 to {self.classes - 1} (--label), got {label}"
+            )
+        if label is not None and not self.classes:
+            raise IbmdError(f"{name}: {self.model.name} has no classes; leave --label out")
+        if (hole is None) != (self.fill is None):
+            raise IbmdError(
+                f"{name}: {self.model.name} {'fills holes: say where with --mask' if self.fill else 'takes no --mask'}"
+            )
+        side = self.side // self.scale
+        height, width = x.shape[-2:]
+        sized = min(height, width) >= side if self.fit == "tile" else height == width == side
+        if x.shape != (3, height, width) or not sized:
+            more = " or more" if self.fit == "tile" else ""
+            raise IbmdError(f"{name}: shape {list(x.shape)}: {self.model.name} expects [3, {side}, {side}]{more}")
+        return Piece(name, x, Tiles(height, width, side, self.scale), hole=hole, label=label)
+
+    def run(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Translate pieces, in batches across them, and yield each when it is complete, in order."""
+        tiles = ((piece, i) for piece in pieces for i in range(len(piece.tiles)))
+        while group := list(islice(tiles, self.size)):
+            began = time.monotonic()
+            x_0 = self._network(group)
+            seconds = (time.monotonic() - began) / len(group)
+            for (piece, i), tile in zip(group, x_0, strict=True):
+                if piece.x_0 is None:
+                    piece.x_0 = piece.tiles.blank(3)
+                piece.tiles.add(piece.x_0, i, tile)
+                piece.seconds += seconds
+                if i == len(piece.tiles) - 1:
+                    yield piece
+
+    def finish(self, piece: Piece) -> Image.Image:
+        """Return the translation of a complete piece, RGB, or RGBA if its transparency was kept."""
+        assert piece.x_0 is not None
+        assert piece.geometry is not None
+        image = to_image(piece.x_0)
+        if self.restore_size:
+            image = unfit(image, piece.geometry)
+            if piece.original is not None:  # known pixels need not go through the model's size
+                image = Image.composite(image, *piece.original)
+        elif self.fit == "tile":
+            image = image.crop(enlarged(piece.geometry.place, self.scale))
+        if piece.alpha is not None:
+            image.putalpha(piece.alpha.resize(image.size))
+        return image
+
+    def _network(self, group: Sequence[tuple[Piece, int]]) -> Tensor:
+        """Translate tiles, half as many at a time from when memory did not suffice; (len(group), 3, side, side)."""
+        while True:
+            try:
+                return torch.cat([self._batch(group[i : i + self.size]) for i in range(0, len(group), self.size)])
+            except RuntimeError as error:
+                words = str(error)
+                if self.size == 1 or not ("out of memory" in words or "can't allocate memory" in words):
+                    raise
+            self.size //= 2
+            self.warn(f"out of memory: from here on {self.size} image{'s' * (self.size > 1)} at a time")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _batch(self, group: Sequence[tuple[Piece, int]]) -> Tensor:
+        """Run the network on tiles. On a CPU always on `size` of them, the last one repeated if there are fewer.
+
+        The kernels that PyTorch chooses depend on the size of the batch, and their last bits differ.
+        """
+        rows = [*group, *[group[-1]] * (self.size - len(group) if self.fixed else 0)]
+        x_T = enlarge(torch.stack([piece.tiles.cut(piece.x, i) for piece, i in rows]), self.scale)
+        if self.degradation:
+            x_T = torch.cat([degrade(x[None], self.degradation) for x in x_T])  # one by one: the batch must not matter
+        rng = [stream(self.seed, piece.name, piece.variant) for piece, _ in rows]
+        known, mask, label = x_T, None, None
+        if self.fill:
+            holes = [piece.tiles.cut(piece.hole, i) for piece, i in rows if piece.hole is not None]
+            mask = enlarge(torch.stack(holes).float(), self.scale)
+            x_T = fill_hole(x_T, mask, self.fill, rng)
+            mask = mask.to(self.device)
+        if self.classes:
+            label = torch.tensor([piece.label for piece, _ in rows], device=self.device)
+        batch = Sources(x_T.to(self.device), label, mask)
+        if isinstance(self.model, Teacher):
+            x_0 = self.model.translate(batch, rng, self.nfe, self.sampler, **self.options)
+        else:
+            x_0 = self.model.translate(batch, rng)
+        x_0 = x_0.cpu()
+        if mask is not None:
+            x_0 = torch.where(mask.cpu() > 0.5, x_0, known)
+        return x_0[: len(group)]
