@@ -20,7 +20,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _sync(new)
         new.chmod(0o666 & ~_umask())
         new.replace(path)
-        _sync(path.parent)
     finally:
         new.unlink(missing_ok=True)
 

@@ -266,20 +266,21 @@ class EffLite0:
 # ------------------------------------------------------------------------------------------------------ protocols
 
 
-def protocols(data: str, shape: Sequence[int], m: int) -> dict[str, str]:
+def protocols(data: str, shape: Sequence[int], m: int, pool: int = 4) -> dict[str, str]:
     """Return, for each score, all that has to be equal for two of its values to be comparable.
 
     Args:
         data: what the pairs are.
         shape: of their targets, (N, C, H, W).
         m: samples per source.
+        pool: of the energy score.
     """
     n, _, height, width = shape
     images = f"n={n} pairs of {data}, m={m} samples each (1 without randomness), {width}×{height} RGB uint8"
     network = f"EfficientNet-Lite0 (sha256 {EffLite0.SHA256[:8]}), bilinear to {EffLite0.SIDE} px"
     return {
         "interval": f"95 %, percentile bootstrap over pairs, {RESAMPLES} resamples; differences are paired",
-        "energy_score": f"E|X-y| - E|X-X'|/2 on 4×4-pooled pixels in [-1, 1]; {images}",
+        "energy_score": f"E|X-y| - E|X-X'|/2 on {pool}×{pool}-pooled pixels in [-1, 1]; {images}",
         "kid_efflite0": f"unbiased MMD², kernel (x·y/1280 + 1)³, pooled 1280-d features of {network}; n samples to "
         f"n targets, never of one source, mean over m; not comparable with KID on Inception features; {images}",
         "efflite0_distance": f"unit-normalised features after blocks {EffLite0.LAYERS} of {network}, mean squared "

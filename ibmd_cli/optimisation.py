@@ -18,6 +18,15 @@ from torch.optim.swa_utils import AveragedModel
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.noise import stream
 
+PATIENCE = 5
+"""This many skipped steps in a row stop the training."""
+HALVINGS = 16
+"""With fp16, this many more: the scale of the loss starts at 2^16, and each skipped step halves it until it fits."""
+
+
+class Diverged(IbmdError):
+    """Too many losses or gradients in a row that are not finite."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -49,6 +58,8 @@ class Schedule:
 class Player:
     """A network and everything that moves it.
 
+    A step whose loss or gradient is not finite is skipped: weights, moments and average stay as they are.
+
     Args:
         name: "student", "bridge_model" or "teacher"; part of its random streams and of error messages.
         model: the network; trained in place.
@@ -61,6 +72,10 @@ class Player:
         micro_batches: gradients of this many calls of the loss function are averaged in each step.
         ema: decay of the averaged copy, or None for no copy.
         weight_decay: decoupled (AdamW).
+
+    Attributes:
+        skipped: steps skipped since the start.
+        in_a_row: steps skipped since the last one that was made.
     """
 
     def __init__(
@@ -81,6 +96,7 @@ class Player:
         self.name, self.steps, self.seed = name, steps, seed
         self.accelerator, self.schedule, self.clip, self.micro_batches = accelerator, schedule, clip, micro_batches
         self.network = model
+        self.skipped = self.in_a_row = 0
         optimizer = torch.optim.AdamW(
             model.parameters(), schedule.lr, betas=betas, weight_decay=weight_decay, fused=True
         )
@@ -91,12 +107,17 @@ class Player:
     def update(self, step: int, compute: Callable[..., float]) -> float:
         """Make one optimiser step and return the loss, averaged over micro-batches and processes.
 
+        All processes see the same loss and gradient, so they skip a step together.
+
         Args:
             step: number of the step, from 0.
             compute: given a random stream and a `backward`, computes the loss and its gradient.
 
+        Returns:
+            The loss, not finite if the step was skipped for it.
+
         Raises:
-            IbmdError: if the loss or the gradient is not finite; the parameters are untouched.
+            Diverged: loss or gradient were not finite `PATIENCE` times in a row.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step, self.steps)
@@ -108,16 +129,14 @@ class Player:
                 total += compute(rng, self._backward) / self.micro_batches
         norm = self._gradient_norm()
         loss = float(self.accelerator.reduce(torch.tensor([total], device=self.accelerator.device), "mean"))
-        scaled = self.accelerator.scaler is not None  # with fp16, the scaler itself skips steps that overflow
-        if not math.isfinite(loss) or (not scaled and not math.isfinite(norm)):
-            raise IbmdError(
-                f"{self.name} step {step + 1}: loss {loss:g}, gradient norm {norm:g}: not finite. "
-                f"Lower --lr or use --precision fp32; the last checkpoint is intact"
-            )
-        self.optimizer.step()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.network)
+            self.in_a_row = 0
+        else:
+            self._skip(step, loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.network)
         return loss
 
     def averaged(self) -> nn.Module:
@@ -127,6 +146,7 @@ class Player:
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on."""
         state = {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"skipped": self.skipped, "in_a_row": self.in_a_row}
         if self.average is not None:
             state["average"] = self.average.state_dict()
         return state
@@ -135,11 +155,25 @@ class Player:
         """Continue from `state_dict`."""
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
     def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss / self.micro_batches)
+
+    def _skip(self, step: int, loss: float, norm: float) -> None:
+        """Count a step that is not made, and let the scaler of fp16 lower its scale."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.update()
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= PATIENCE + (HALVINGS if scaler is not None else 0):
+            raise Diverged(
+                f"{self.name} step {step + 1}: loss {loss:g}, gradient norm {norm:g}: "
+                f"not finite {self.in_a_row} times in a row"
+            )
 
     def _gradient_norm(self) -> float:
         limit = self.clip if self.clip is not None else math.inf

@@ -93,8 +93,8 @@ class _Rate:
         if self.count == 0:
             self.first, self.first_count = now, n
         self.count += n
-        if self.count > self.first_count:
-            return (self.count - self.first_count) / max(1e-9, now - self.first)
+        if now - self.first > 0.5:
+            return (self.count - self.first_count) / (now - self.first)
         return self.count / max(1e-9, now - self.began)
 
 

@@ -9,15 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ibmd_cli"
 LAYERS = (
+    ("normals",),
     ("errors", "figures", "files", "noise", "reporting"),
-    ("bridges", "config", "decoding", "degradations", "devices", "encoding", "hub", "launching", "sharing", "tiles"),
+    (
+        *("bridges", "config", "decoding", "degradations", "devices", "encoding", "exported"),
+        *("hub", "launching", "sharing", "tiles"),
+    ),
     ("images", "networks", "sheets"),
     ("distillation", "jobs"),
     ("samplers",),
     ("models",),
-    ("checkpoints",),
-    ("teachers",),
+    ("checkpoints", "programs"),
+    ("onnx_graphs", "teachers"),
     ("cards", "mosaics", "optimisation", "metrics"),
+    ("web",),
     ("data", "evaluation", "export", "translating"),
     ("reading", "student", "training"),
     ("sampling",),

@@ -716,10 +716,8 @@ def test_hostile_files(sample, tmp_path, options, student):
     assert "\x1b" not in result.err
 
 
-def test_unreadable_places(sample, drawings, monkeypatch):
+def test_unreadable_places(drawings):
     """Folders and files that the user may not read are named; root may read all, so it steps down for a moment."""
-    if os.geteuid() == 0 and not os.access("/tmp", os.X_OK):
-        pytest.skip("no common folder")
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         folder = Path(place, "in")
         shutil.copytree(drawings, folder / "locked")
