@@ -40,7 +40,7 @@ def student_card(
         results: of `ibmd eval`, see `read_results`.
         grid: whether there is a `grid.png` beside the card.
     """
-    config, teacher = student.config, _teacher(student.config)
+    config, teacher = student.config, describe_teacher(student.config)
     licence, note = _licence(config["licence"])
     parts = [
         f"---\n{_front_matter(student, teacher, licence, results)}\n---\n\n# {student.name}",
@@ -67,8 +67,8 @@ def read_results(file: Path, student: Student) -> dict[str, Any]:
         raise UsageError(f"--results {file}: no such file: expected the results.json of ibmd eval --out FOLDER")
     results = read_json(file)
     rows = results.get("rows")
-    if not isinstance(rows, list) or not {"settings", "protocol"} <= results.keys():
-        raise UsageError(f"--results {file}: not results of ibmd eval")
+    if not isinstance(rows, list) or results.get("schema") != 1 or not {"settings", "protocol"} <= results.keys():
+        raise UsageError(f"--results {file}: not results of ibmd eval that this version reads (schema 1)")
     own = _digest(student)
     measured = {row["sha256"] for row in rows if row["model"] == "student"}
     if own not in measured:
@@ -170,12 +170,16 @@ def _licence(licence: str) -> tuple[dict[str, str], str]:
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", name).strip("-")}, note
 
 
-def _teacher(config: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return a link to a student's teacher, its repository on the Hub if it has one, and its data if known."""
+def describe_teacher(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return of a student's teacher a `link` (Markdown), its `repo` on the Hub if it has one, and its `data` if known.
+
+    Args:
+        config: the student's `config.json`.
+    """
     reference = str(config["teacher"]["reference"])
     alias = reference.removeprefix("hub:") if reference.startswith("hub:") else config["training"].get("preset")
     if reference.startswith("builtin:"):
-        return {"link": f"`{reference}`", "repo": None, "data": "[OpenMoji](https://openmoji.org) 17"}
+        return {"link": f"`{reference}`", "repo": None, "data": "OpenMoji 17 (https://openmoji.org)"}
     if reference.startswith("hf://"):
         repo = parse_hf(reference)[0]
         return {"link": f"[{repo}](https://huggingface.co/{repo})", "repo": repo, "data": None}

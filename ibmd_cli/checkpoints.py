@@ -351,7 +351,7 @@ def convert(
     """
     checkpoint = read_checkpoint(path)
     try:
-        config = _describe(checkpoint, preset, head_channels, attention_order)
+        config = describe(checkpoint, preset, head_channels, attention_order)
     except IbmdError as error:
         raise type(error)(f"{path}: {error}") from error
     config["name"] = name
@@ -367,10 +367,10 @@ def convert(
     save_folder(folder, config, tensors, _card(config))
 
 
-def _describe(
+def describe(
     checkpoint: Checkpoint, preset: Mapping[str, Any] | None, head_channels: int | None, attention_order: str | None
 ) -> dict[str, Any]:
-    """Return the `config.json` of a checkpoint, but for its name and source."""
+    """Return the `config.json` of a checkpoint, but for its name and source; arguments and errors as of `convert`."""
     family, options = checkpoint.family, checkpoint.options
     facts = dict(preset) if preset else {**_shared(family), **(_from_options(options) if options else {})}
     if facts["family"] != family:

@@ -97,6 +97,7 @@ def distill(
     checkpoint_every: Annotated[int | None, typer.Option(help="Student updates between checkpoints.")] = None,
     preview_every: Annotated[int | None, typer.Option(help="Student updates between previews.")] = None,
     keep: Annotated[int | None, typer.Option(help="Checkpoints to keep.")] = None,
+    track: Annotated[str | None, typer.Option(help="tensorboard or wandb: send the log there, too.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint.")] = "auto",
     config: Annotated[Path | None, typer.Option(help="TOML or JSON file of settings.")] = None,
     list_teachers: Annotated[bool, typer.Option("--list-teachers", help="List the known teachers and exit.")] = False,
@@ -115,22 +116,31 @@ def distill(
     flags = {**locals()}
     from ibmd_cli.config import DistillConfig, resolve
 
-    flags["data"] = tuple(data) if data else None
-    settings, origins = resolve({k: flags[k] for k in DistillConfig.__annotations__ if k in flags}, os.environ, config)
     if list_teachers:
         from ibmd_cli.teachers import list_teachers as known
 
-        _table("Teachers", known(), as_json, "teachers")
+        _show_teachers(known(), as_json)
         return
     reporter = Reporter(quiet)
-    out = out or Path("runs") / Path(settings.teacher.rpartition(":")[2]).name.removesuffix(".pt")
-    from ibmd_cli.devices import resolve_device
-    from ibmd_cli.training import distill as run
-    from ibmd_cli.training import plan
+    flags["data"] = tuple(data) if data else None
+    given = {k: flags[k] for k in DistillConfig.__annotations__ if k in flags}
+    settings, origins = resolve(given, os.environ, config)
+    if not settings.preset and os.path.exists(settings.teacher):
+        from ibmd_cli.teachers import recognise_file
 
+        if alias := recognise_file(settings.teacher):
+            reporter.note(f"{settings.teacher} is {alias}: its preset is used (--preset ALIAS names another)")
+            settings, origins = resolve({**given, "preset": alias}, os.environ, config)
+            origins["preset"] = "contents of the file"
+    out = out or Path("runs") / Path(settings.teacher.rpartition(":")[2]).name.removesuffix(".pt")
     if dry_run:
+        from ibmd_cli.plan import plan
+
         _show_plan(plan(settings, out), settings, origins, as_json)
         return
+    from ibmd_cli.devices import resolve_device
+    from ibmd_cli.training import distill as run
+
     place = resolve_device(device)
     if processes != "1" and "RANK" not in os.environ:
         from ibmd_cli.launching import count_processes, relaunch
@@ -321,56 +331,101 @@ def evaluate(
     Console(force_terminal=False if plain else None, width=100 if plain else None).print(tables(results))
 
 
-@app.command(epilog="Example: ibmd export --student runs/outline2emoji --dtype fp16 --output student.safetensors")
+@app.command(
+    epilog="Example: ibmd export --dtype fp16 --output student.safetensors\n\n"
+    "Example: ibmd export --student runs/mine --output student.onnx\n\n"
+    "Example: ibmd export --all --output exported/       every format, and a table of what each costs"
+)
 def export(
     student: Annotated[str, typer.Option(help="Student: builtin:NAME, a model folder or a run folder.")] = DEFAULT,
-    format: Annotated[str, typer.Option(help="safetensors.")] = "safetensors",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File.", show_default="STUDENT-DTYPE.safetensors")
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="safetensors, onnx or torch-export (.pt2).", show_default="by the output's name, or safetensors"
+        ),
     ] = None,
-    on_exists: Annotated[str, typer.Option(help="error or overwrite.")] = "error",
-    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: fp32, fp16 or bf16; for onnx also int8. They are used in float32.")
+    ] = "fp32",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File; a folder with --all.", show_default="STUDENT-DTYPE.safetensors"),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Write every format with every dtype, and compare them.")
+    ] = False,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX: 18 to 23.", show_default="20")] = None,
+    noise_inside: Annotated[
+        bool, typer.Option("--noise-inside", help="The file draws its noise itself, and takes images alone.")
+    ] = False,
+    on_exists: Annotated[Literal["error", "overwrite"], typer.Option(help="If an output exists.")] = "error",
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a student as one file, after running it back on real images and comparing."""
-    from ibmd_cli.devices import resolve_device
-    from ibmd_cli.export import export as run
+    """Write a student as one file, run it back on real images, and keep it if it agrees with the student."""
+    from ibmd_cli.export import Exporter, every_format, make_config
 
-    if format != "safetensors":
-        raise UsageError(f"--format: {format!r} is not one of: safetensors")
-    if on_exists not in ("error", "overwrite"):
-        raise UsageError(f"--on-exists: {on_exists!r} is not one of: error, overwrite")
-    output = output or Path(f"{Path(student.rpartition(':')[2]).name}-{dtype}.safetensors")
-    report = run(student, dtype, output, on_exists == "overwrite", resolve_device(device), seed)
+    reporter = Reporter(quiet)
+    settings: dict[str, Any] = {"overwrite": on_exists == "overwrite", "seed": seed}
+    if everything:
+        if format or opset or noise_inside or dtype != "fp32":
+            raise UsageError(
+                "--all: writes every format and dtype; leave out --format, --dtype, --opset, --noise-inside"
+            )
+        configs = every_format(student, output or Path("exported"), **settings)
+    else:
+        settings |= {"opset": opset, "noise_inside": noise_inside}
+        configs = [make_config(student, output, format, dtype, **settings)]
+    exporter = Exporter(student)
+    reports = []
+    for config in configs:
+        reports.append(report := exporter.export(config))
+        reporter.note(
+            f"{config.output}: {report['bytes'] / 1e6:.2f} MB, largest difference {report['max_difference']:.2g}, "
+            f"{report['ms_per_image']['exported']:.2f} ms/image (student: {report['ms_per_image']['student']:.2f})"
+        )
     if as_json:
-        typer.echo(json.dumps(report))
-        return
-    Reporter(quiet).note(
-        f"{dtype}: {report['bytes'] / 1e6:.2f} MB, largest difference {report['max_difference']:.2g}, "
-        f"{report['ms_per_image']['exported']:.2f} ms/image (student: {report['ms_per_image']['student']:.2f})"
-    )
-    typer.echo(str(output))
+        typer.echo(json.dumps({"schema": 1, "exports": reports} if everything else reports[0]))
+    elif everything:
+        _table("Exports", [_export_row(report) for report in reports])
+    else:
+        typer.echo(str(configs[0].output))
 
 
-def _table(title: str, rows: list[dict[str, Any]], as_json: bool, key: str) -> None:
-    """Print rows on stdout, as a table or as one JSON object."""
+def _export_row(report: dict[str, Any]) -> dict[str, Any]:
+    times = report["ms_per_image"]
+    return {
+        "file": report["output"],
+        "MB": f"{report['bytes'] / 1e6:.2f}",
+        "max difference": f"{report['max_difference']:.2g}",
+        "mean": f"{report['mean_difference']:.2g}",
+        "PSNR dB": "equal" if report["psnr"] is None else f"{report['psnr']:.1f}",
+        "ms/image": f"{times['exported']:.2f}",
+        "student": f"{times['student']:.2f}",
+    }
+
+
+def _show_teachers(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"schema": 1, key: rows}))
+        typer.echo(json.dumps({"schema": 1, "teachers": rows}, ensure_ascii=False))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, box=None, title_justify="left", header_style="bold")
-    for name in rows[0]:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(str(v) for v in row.values()))
-    plain = is_plain(sys.stdout)
-    Console(force_terminal=False if plain else None, width=None if sys.stdout.isatty() else 200).print(table)
+    sites = {"hf": "Hub", "https": "Google Drive", "embedded": "embedded"}
+    short = [
+        {
+            "teacher": row["teacher"],
+            "task": row["task"],
+            "pixels": row["pixels"],
+            "kind": row["kind"],
+            "size": f"{row['bytes'] / 1e9:.1f} GB" if row["bytes"] > 1e8 else f"{row['bytes'] / 1e6:.0f} MB",
+            "from": sites[row["source"].partition(":")[0]],
+            "licence": row["licence"],
+            "Table 7": "" if row["paper row"] == "-" else "yes",
+        }
+        for row in rows
+    ]
+    _table("Teachers (Table 7: distilled in the paper; --json tells files, parameters and data, too)", short)
 
 
 def _show_plan(plan: dict[str, Any], settings: Any, origins: dict[str, str], as_json: bool) -> None:
@@ -379,9 +434,27 @@ def _show_plan(plan: dict[str, Any], settings: Any, origins: dict[str, str], as_
 
         typer.echo(json.dumps({"schema": 1, "settings": to_json(settings), "origins": origins, "plan": plan}))
         return
-    rows = [{"setting": k, "value": getattr(settings, k), "origin": origin} for k, origin in origins.items()]
-    _table("Settings", rows, False, "")
-    _table("Plan", [{"what": k, "value": v} for k, v in plan.items()], False, "")
+    _table("Settings", [{"setting": k, "value": getattr(settings, k), "origin": o} for k, o in origins.items()])
+    files = [
+        f"{' and '.join(f['files'])} of {f['url']}, about {f['bytes'] / 1e9:.1f} GB, {f['how']}"
+        for f in plan["files to download"]
+    ]
+    rows = {**plan, "files to download": "; ".join(files) or "none"}
+    _table("Plan", [{"what": k, "value": v} for k, v in rows.items()])
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows on stdout; the first column names them and is never broken."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=None, title_justify="left", header_style="bold")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(str(v) for v in row.values()))
+    plain = is_plain(sys.stdout)
+    Console(force_terminal=False if plain else None, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def main() -> None:

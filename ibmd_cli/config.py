@@ -58,6 +58,7 @@ class DistillConfig:
         checkpoint_every: student updates between checkpoints.
         preview_every: student updates between preview grids.
         keep: checkpoints to keep.
+        track: "tensorboard" or "wandb": where the log goes, too; "": nowhere else.
     """
 
     teacher: str = "builtin:outline2emoji"
@@ -94,6 +95,7 @@ class DistillConfig:
     checkpoint_every: int = 100
     preview_every: int = 100
     keep: int = 2
+    track: str = ""
 
     def __post_init__(self) -> None:
         for name, low in LEAST.items():
@@ -127,8 +129,9 @@ CHOICES = {
     "attention_order": ("", "new", "legacy"),
     "lr_decay": ("none", "linear", "cosine"),
     "precision": ("fp32", "bf16", "fp16"),
+    "track": ("", "tensorboard", "wandb"),
 }
-MAY_CHANGE = ("micro_batch", "recompute", "checkpointing", "checkpoint_every", "preview_every", "keep")
+MAY_CHANGE = ("micro_batch", "recompute", "checkpointing", "checkpoint_every", "preview_every", "keep", "track")
 """Settings that a resumed run may have otherwise: they do not change what is learnt."""
 
 

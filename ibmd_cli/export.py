@@ -96,6 +96,35 @@ class ExportConfig:
             raise UsageError(f"{self.output}: exists; give another --output, or --on-exists overwrite")
 
 
+def make_config(student: str, output: Path | None, format: str | None, dtype: str, **settings: Any) -> ExportConfig:
+    """Return what is to be exported. Without a format the output's name tells it; without either it is safetensors.
+
+    Raises:
+        UsageError: settings do not go together.
+    """
+    if format is None:
+        by_name = [name for name, row in FORMATS.items() if output is not None and output.suffix == row.suffix]
+        format = by_name[0] if by_name else "safetensors"
+    if output is None and format in FORMATS:
+        output = Path(f"{short_name(student)}-{dtype}{FORMATS[format].suffix}")
+    return ExportConfig(student, output or Path(), format, dtype, **settings)
+
+
+def every_format(student: str, folder: Path, **settings: Any) -> list[ExportConfig]:
+    """Return what `--all` writes: each format with each dtype that it has, as NAME-DTYPE in a folder."""
+    name = short_name(student)
+    return [
+        ExportConfig(student, folder / f"{name}-{dtype}{row.suffix}", format, dtype, **settings)
+        for format, row in FORMATS.items()
+        for dtype in row.dtypes
+    ]
+
+
+def short_name(reference: str) -> str:
+    """Return what files of a student are called: NAME of builtin:NAME, or the last part of a path."""
+    return Path(reference.rpartition(":")[2]).name
+
+
 class Exporter:
     """Writes one student to files, and keeps those that agree with it.
 
@@ -132,7 +161,7 @@ class Exporter:
             if not (report["max_difference"] <= allowed.max_difference and psnr >= allowed.psnr):  # also if it is NaN
                 raise IbmdError(
                     f"{config.output}: differs from {config.student} by up to {report['max_difference']:.3g}, "
-                    f"{psnr:.1f} dB; {config.dtype} is to be within {allowed.max_difference:g} and {allowed.psnr:g} dB: "
+                    f"{psnr:.1f} dB; {config.dtype} may by {allowed.max_difference:g}, {allowed.psnr:g} dB; "
                     f"nothing was written. Try --dtype fp32"
                 )
             size = new.stat().st_size

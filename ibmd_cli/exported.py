@@ -89,7 +89,7 @@ class ExportedStudent(ABC):
 
     @abstractmethod
     def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Compute x_0 from the tensors that the file takes, see `programs`; noise that it drew itself comes after x_0."""
+        """Compute x_0 from the tensors that the file takes, see `programs`; noise that it drew itself comes after."""
 
 
 class OnnxStudent(ExportedStudent):

@@ -80,6 +80,18 @@ def locate(alias: str, *, quiet: bool = False) -> Path:
     )
 
 
+def to_fetch(alias: str) -> list[dict[str, Any]]:
+    """Return what is still to be fetched of a published teacher: where it is, and about how many bytes."""
+    from huggingface_hub import try_to_load_from_cache
+
+    row = published()[alias]
+    if row["where"] == "drive":
+        return [{"files": row["files"], "url": row["url"], "bytes": row["bytes"], "how": "by hand"}]
+    if isinstance(try_to_load_from_cache(row["repo"], row["file"]), str):
+        return []
+    return [{"files": [row["file"]], "url": f"hf://{row['repo']}", "bytes": row["bytes"], "how": "by ibmd"}]
+
+
 # ---------------------------------------------------------------------------------------------------------- the Hub
 
 

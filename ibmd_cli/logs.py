@@ -92,6 +92,6 @@ class Watch:
         if before or not self.collapsed:
             return []
         return [
-            f"the student's diversity over z is {diversity:.3f}, after {self.peak:.3f} at most and {teacher:.3f} of the "
-            "teacher: it collapses; more --bridge-steps or a higher --bridge-lr helps"
+            f"the student's diversity over z is {diversity:.3f}, after {self.peak:.3f} at most; the teacher's is "
+            f"{teacher:.3f}: it collapses; more --bridge-steps or a higher --bridge-lr helps"
         ]

@@ -141,6 +141,11 @@ class Student(Model):
         return x_0.clamp(-1, 1)
 
 
+def student_times(bridge: Bridge, nfe: int) -> list[float]:
+    """Return T = t_N > … > t_1, at which a student of `nfe` steps is called: evenly spaced, without t_min."""
+    return bridge.time(torch.arange(nfe, dtype=torch.float64) / nfe).tolist()
+
+
 def make_setup(
     predictor: Predictor, sampling: dict[str, Any], t_power: float = 1.0, weight_power: float = 2.0
 ) -> Setup:

@@ -77,7 +77,7 @@ def save_graph(model: onnx.ModelProto, file: Path, dtype: str = "fp32") -> None:
 
 
 def make_graph(student: Student, opset: int = OPSET, noise_inside: bool = False) -> onnx.ModelProto:
-    """Return the graph of a student, see `export_onnx`; nothing is left in it to compute before its inputs are known."""
+    """Return the graph of a student, see `export_onnx`, with nothing left to compute before inputs are known."""
     program = trace(student, noise_inside=noise_inside)
     names = [name for name in INPUTS if name.lower() in {node.name for node in program.graph.nodes}]
     drawn = list(noise_shapes(student, (3, 1, 1))) if noise_inside else []

@@ -6,14 +6,13 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ibmd_cli.errors import IbmdError
 from ibmd_cli.files import atomic_file
 from ibmd_cli.logs import LAG, read_log
 
@@ -52,7 +51,7 @@ def run_page(out: Path) -> Iterator[None]:
     write_page(out, "running")
     try:
         yield
-    except (KeyboardInterrupt, IbmdError, OSError) as error:
+    except (KeyboardInterrupt, Exception) as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped: {error}"
         with suppress(OSError):  # the disk may be full: what stopped the run is what the user must see
             write_page(out, status)
@@ -106,6 +105,10 @@ def _facts(lines: Sequence[Mapping[str, Any]], steps: int) -> Iterator[str]:
     for name, value in facts.items():
         yield f"<div><b>{value}</b><small>{name}</small></div>"
     yield "</div>"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -208,6 +211,6 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def _ticks(low: float, high: float) -> list[float]:
     """Return three to six round numbers, evenly spaced, from at most `low` to at least `high`."""
     unit = 10 ** math.floor(math.log10((high - low) / 2))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= 4)
+    step = next(unit * factor for factor in (1, 2, 5) if (high - low) / (unit * factor) <= 4)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [i * step for i in range(first, last + 1)]

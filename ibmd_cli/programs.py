@@ -18,6 +18,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ class _Widened(nn.Module):
 
 
 def noise_shapes(student: Student, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of z and eps for one image of `shape` (3, H, W), without those that the student does not take."""
+    """Return the shapes of z and eps for one image of `shape` (3, H, W); without those that are not taken."""
     setup, calls = student.setup, student.nfe
     shapes: dict[str, tuple[int, ...]] = {}
     if setup.noise_shape is not None:
@@ -191,7 +192,8 @@ def _quickened(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """Let a program on the CPU do what `networks.convolve` does, which cannot be exported; widen its weights once."""
     for node in module.graph.nodes:
         if node.target is _aten.conv2d.default and torch.backends.mkldnn.is_available():
-            x, weight, bias, stride, padding, dilation, groups = (*node.args, *_CONV2D[len(node.args) :])
+            given = tuple(node.args)
+            x, weight, bias, stride, padding, dilation, groups = given + _CONV2D[len(given) :]
             node.target = torch.mkldnn_convolution
             node.args = (x, weight, bias, padding, stride, dilation, groups)
         elif node.target is _aten.to.dtype and node.args[0].op == "get_attr":
@@ -204,5 +206,5 @@ def _quickened(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return module
 
 
-_CONV2D = (None, None, None, (1, 1), (0, 0), (1, 1), 1)
+_CONV2D: tuple[Any, ...] = (None, None, None, (1, 1), (0, 0), (1, 1), 1)
 """Defaults of conv2d's arguments."""

@@ -21,8 +21,8 @@ from ibmd_cli.config import DistillConfig, differences, to_json
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import atomic_file, atomic_folder
 from ibmd_cli.logs import read_log
-from ibmd_cli.models import Student, load_model, read_json, save_model, sha256
-from ibmd_cli.optimisation import Player
+from ibmd_cli.models import Model, Student, load_model, read_json, save_model, sha256
+from ibmd_cli.optimisation import Diverged, Player
 from ibmd_cli.reporting import Reporter
 
 RESUME = ("auto", "never")
@@ -136,7 +136,7 @@ class Run:
             IbmdError: they cannot be written; the checkpoint before is intact.
         """
         folder = self.out / "checkpoints" / f"step-{step:06d}"
-        state = {name: player.state_dict() for name, player in self.players.items()}
+        state: dict[str, Any] = {name: player.state_dict() for name, player in self.players.items()}
         state |= {"scaler": self.scaler.state_dict() if self.scaler else None, "step": step, "seconds": seconds}
         with atomic_folder(folder) as new:
             try:
@@ -190,6 +190,17 @@ class Run:
             reporter.warn(f"{self.out}: no sound checkpoint; starting from step 0")
         return 0, 0.0
 
+    @contextmanager
+    def naming_checkpoint(self) -> Iterator[None]:
+        """Tell, when training diverges, from which checkpoint it can be continued and how."""
+        try:
+            yield
+        except Diverged as error:
+            mend = "lower --lr and --bridge-lr, or use --precision fp32, with another --out"
+            if newest := self.checkpoints()[:1]:
+                mend += f"; --resume {newest[0]} starts it from the last good checkpoint"
+            raise IbmdError(f"{error}; {mend}") from error
+
     def save_student(self, step: int) -> None:
         """Write `student/` with the averaged weights."""
         student = self._averaged(step)
@@ -224,11 +235,11 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _content(student: Student) -> dict[str, Any]:
+def _content(student: Model) -> dict[str, Any]:
     """Return the configuration without the settings that a resumed run may have otherwise."""
     return {**student.config, "training": student.config["training"]["step"]}
 
 
-def _equal(one: Student, other: Student) -> bool:
+def _equal(one: Model, other: Model) -> bool:
     a, b = one.predictor.state_dict(), other.predictor.state_dict()
     return a.keys() == b.keys() and all(torch.equal(v, b[key].cpu()) for key, v in a.items())

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ibmd_cli import hub
-from ibmd_cli.checkpoints import Checkpoint, convert, infer_network, read_checkpoint
+from ibmd_cli.checkpoints import Checkpoint, convert, describe, infer_network, read_checkpoint
 from ibmd_cli.errors import UsageError
-from ibmd_cli.models import FORMAT_VERSION, Teacher, is_model, list_builtin, load_model, resolve
+from ibmd_cli.models import FORMAT_VERSION, Teacher, is_model, list_builtin, load_model, read_json, resolve
 
 
 def load_teacher(
@@ -82,6 +82,39 @@ def find_teacher(
     return _converted(path, reference, preset, head_channels, attention_order)
 
 
+def describe_teacher(
+    reference: str,
+    preset: str | None = None,
+    head_channels: int | None = None,
+    attention_order: str | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what `config.json` says, or will say, of a teacher, and what is to be fetched; nothing is fetched yet.
+
+    Arguments and errors are those of `load_teacher`. Of a published teacher that is not here, the table tells.
+    """
+    alias = reference.removeprefix("hub:")
+    if reference.startswith("hub:") and alias in hub.published() and (missing := hub.to_fetch(alias)):
+        row = hub.published()[alias]
+        network = {"in_channels": 6 if row["conditional"] else 3, "num_classes": row["classes"], **row["network"]}
+        network |= {key: row[key] for key in ("attention_order", "head_channels")}
+        return {**row, "network": network, "noise_channels": 0}, missing
+    path = Path(reference)
+    if path.exists() and not is_model(path) and not is_model(path / "student"):
+        checkpoint = read_checkpoint(path)
+        name = preset or recognise(checkpoint)
+        of_preset = hub.published()[name] if name else None
+        return describe(checkpoint, of_preset, head_channels, attention_order), []
+    return read_json(find_teacher(reference, preset, head_channels, attention_order) / "config.json"), []
+
+
+def recognise_file(reference: str) -> str | None:
+    """Return the alias of the published teacher in a file or folder; None if `reference` is none, or is not known."""
+    path = Path(reference)
+    if ":" in reference or not path.exists() or is_model(path):
+        return None
+    return recognise(read_checkpoint(path))
+
+
 def _converted(
     path: Path, reference: str, preset: str | None, head_channels: int | None, attention_order: str | None
 ) -> Path:
@@ -138,5 +171,3 @@ def list_teachers() -> list[dict[str, Any]]:
             }
         )
     return rows
-
-

@@ -1,66 +1,51 @@
 """`ibmd distill`: a run of Algorithm 1 on Accelerate, with its folder, previews, checkpoints and resume.
 
-A run folder holds `config.json`, `metrics.jsonl`, `previews/`, `checkpoints/step-NNNNNN/` (all that training needs)
-and `student/` (all that the other commands need). Every random number belongs to a place in the run (`stream`), so a
-checkpoint holds weights, optimisers and one step count, and a resumed run equals an uninterrupted one.
+A run folder holds `config.json`, `metrics.jsonl`, `run.html`, `previews/`, `checkpoints/step-NNNNNN/` (all that
+training needs) and `student/` (all that the other commands need). Every random number belongs to a place in the run
+(`stream`), so a checkpoint holds weights, optimisers and counts, and a resumed run equals an uninterrupted one.
 """
 
 import copy
-import json
+import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from ibmd_cli import __version__
-from ibmd_cli.cards import student_card
-from ibmd_cli.config import DistillConfig, differences, to_json
+from ibmd_cli.config import DistillConfig, to_json
 from ibmd_cli.data import SourceImages
 from ibmd_cli.distillation import Sources, ibmd
-from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.files import atomic_file, atomic_folder
+from ibmd_cli.errors import UsageError
+from ibmd_cli.files import atomic_file
 from ibmd_cli.images import to_uint8
-from ibmd_cli.models import Model, Student, Teacher, load_model, make_setup, read_json, save_model, sha256
+from ibmd_cli.logs import Watch
+from ibmd_cli.metrics import diversity
+from ibmd_cli.models import Model, Student, Teacher, make_setup, sha256, student_times
 from ibmd_cli.mosaics import labelled_grid
 from ibmd_cli.noise import stream
 from ibmd_cli.optimisation import Player, Schedule
+from ibmd_cli.pages import run_page, write_page
 from ibmd_cli.reporting import Reporter
+from ibmd_cli.runs import Run, open_run
 from ibmd_cli.teachers import load_teacher
 
 PREVIEWS = 8
-
-
-def plan(config: DistillConfig, out: Path) -> dict[str, Any]:
-    """Return what a run would take, for `--dry-run`.
-
-    The memory is an estimate: weights, gradients, Adam's moments and averages in float32, without activations.
-    """
-    teacher = _load(config, Reporter(quiet=True))
-    n = sum(p.numel() for p in teacher.predictor.parameters())
-    student = _new_student(config, teacher)
-    n_student = sum(p.numel() for p in student.predictor.parameters())
-    return {
-        "run folder": str(out),
-        "parameters of the teacher": n,
-        "parameters of the bridge model": n,
-        "parameters of the student": n_student,
-        # teacher: weights; bridge model: weights, gradient, two moments; student: these and the average
-        "memory without activations, bytes": 4 * (n + 4 * n + 5 * n_student),
-        "images per update": config.batch_size,
-        "updates of the bridge model": config.bridge_warmup + config.steps * config.bridge_steps,
-        "timesteps of the student": student.config["sampling"]["timesteps"],
-        "files to download": [],
-    }
+"""Sources of a preview."""
+VARIANTS = 4
+"""Draws of z for each of them, from which diversity is computed."""
+TEACHER_CALLS = 10
 
 
 def distill(
@@ -81,18 +66,12 @@ def distill(
         The student's folder.
 
     Raises:
-        IbmdError: a loss or gradient that is not finite, a run of other settings, unreadable data.
+        UsageError: settings that do not go together, or a folder that holds another run.
+        IbmdError: losses or gradients that stay not finite, a checkpoint that cannot be written, unreadable data.
         KeyboardInterrupt: after SIGINT or SIGTERM, when the step is finished and a checkpoint is written.
     """
-    if config.precision == "fp16" and device.type == "cpu":
-        raise UsageError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
-    if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
-        torch.cuda.set_device(device)  # the one that Accelerate takes
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no" if config.precision == "fp32" else config.precision
-    )
-    main = accelerator.is_main_process
-    reporter = reporter if main else Reporter(quiet=True)
+    accelerator = _accelerator(config, out, device)
+    reporter = reporter if accelerator.is_main_process else Reporter(quiet=True)
     share, rest = divmod(config.batch_size, accelerator.num_processes)
     micro_batch = config.micro_batch or share
     if rest or share % micro_batch:
@@ -103,13 +82,43 @@ def distill(
     teacher = _load(config, reporter)
     degradation = "" if config.degrade == "none" else config.degrade
     sources = SourceImages(config.data, teacher.config, reporter, degradation, config.masks)
-    if main:
-        open_run(out, config, origins, resume, accelerator.num_processes)
-    accelerator.wait_for_everyone()
+    hold = open_run(out, config, origins, resume, accelerator.num_processes)
+    with hold if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        _train(config, out, resume, teacher, sources, micro_batch, accelerator, reporter)
+    return out / "student"
 
+
+def _accelerator(config: DistillConfig, out: Path, device: torch.device) -> Accelerator:
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
+    if config.track and find_spec(config.track) is None:
+        raise UsageError(f"--track {config.track}: it is not installed: pip install {config.track}")
+    if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
+        torch.cuda.set_device(device)  # the one that Accelerate takes
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        log_with=config.track or None,
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
+    )
+
+
+def _train(
+    config: DistillConfig,
+    out: Path,
+    resume: str,
+    teacher: Teacher,
+    sources: SourceImages,
+    micro_batch: int,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> None:
+    """Train from where the run folder `out` stands to the end."""
+    main = accelerator.is_main_process
     where = f"{accelerator.device}" + (f" × {accelerator.num_processes}" if accelerator.num_processes > 1 else "")
     reporter.note(f"distilling {config.teacher} into {out} on {where}")
-    if accelerator.num_processes == 1 and torch.cuda.device_count() > 1 and device.type == "cuda":
+    if accelerator.num_processes == 1 and torch.cuda.device_count() > 1 and accelerator.device.type == "cuda":
         reporter.note(f"{torch.cuda.device_count()} GPUs are here and one is used; --processes all uses them all")
     torch.manual_seed(config.seed)
     teacher.to(accelerator.device).predictor.requires_grad_(False)
@@ -120,7 +129,11 @@ def distill(
         predictor.backbone.gradient_checkpointing = config.checkpointing
     # Dropout stays off (eval mode): student and bridge model must agree with the teacher at the start.
     player = partial(
-        Player, accelerator=accelerator, seed=config.seed, betas=config.betas, micro_batches=share // micro_batch
+        Player,
+        accelerator=accelerator,
+        seed=config.seed,
+        betas=config.betas,
+        micro_batches=config.batch_size // accelerator.num_processes // micro_batch,
     )
     phi = player(
         "bridge_model",
@@ -137,15 +150,19 @@ def distill(
         ema=config.ema,
     )
     x0_star = accelerator.prepare_model(teacher.predictor, evaluation_mode=True)
-    players = {"student": theta, "bridge_model": phi}
-    run = Run(out, players, student, config.keep, accelerator.scaler)
+    run = Run(out, {"student": theta, "bridge_model": phi}, student, config.keep, accelerator.scaler)
     start, spent = run.restore(resume, reporter)
+    watch = Watch(config.steps)
+    if main:
+        watch = Watch(config.steps, run.trim_log(start))
+        if start:
+            run.mend_student(start, reporter)
+    accelerator.wait_for_everyone()
     if start >= config.steps:
-        if main and run.student_step() != start:  # it was stopped between the last checkpoint and the student
-            run.save_student(start)
-        accelerator.wait_for_everyone()
+        if main:
+            write_page(out, "finished")
         reporter.note(f"{out}: complete ({start} student updates); to train anew, give another --out")
-        return out / "student"
+        return
 
     def draw(rng: torch.Generator) -> Sources:
         return sources.batch(micro_batch, rng, config.flip, accelerator.device)
@@ -161,7 +178,13 @@ def distill(
     )  # fmt: skip
     warmup, images = config.bridge_warmup * config.batch_size, config.batch_size * (config.bridge_steps + 1)
     began = time.monotonic()
-    with interrupts() as interrupted, reporter.progress("distilling", config.steps, "step", start) as meter:
+    with (
+        run_page(out) if main else nullcontext(),
+        _tracking(accelerator, config, out, start),
+        interrupts() as interrupted,
+        run.naming_checkpoint(),
+        reporter.progress("distilling", config.steps, "step", start) as meter,
+    ):
         for step in steps:
             k, seconds = step.k + 1, spent + time.monotonic() - began
             losses = {"bridge_loss": step.bridge_loss, "student_loss": step.student_loss}
@@ -169,22 +192,42 @@ def distill(
             rate = done["images"] / seconds
             meter.advance(1, **{name: f"{v:.4f}" for name, v in losses.items()}, images_per_second=f"{rate:.0f}")
             stop = _agreed(accelerator, interrupted)
+            line: dict[str, Any] = {"step": k, **{name: v if math.isfinite(v) else None for name, v in losses.items()}}
+            line |= {"lr": theta.schedule(step.k, config.steps), **done, "images_per_second": rate}
+            line |= {"peak_memory_bytes": peak_memory(accelerator.device), "skipped": phi.skipped + theta.skipped}
+            show = k % config.preview_every == 0 or k == config.steps
+            save = stop or k % config.checkpoint_every == 0 or k == config.steps
+            if preview and show:
+                line |= preview.save(out / "previews" / f"step-{k:06d}.png", student, theta.averaged())
+            line |= watch.look(line)
+            for warning in line.get("warnings", []):
+                reporter.warn(warning)
+            accelerator.log({name: v for name, v in line.items() if isinstance(v, int | float)}, step=k)
             if main:
-                run.log(
-                    {"step": k, **losses, "lr": theta.schedule(step.k, config.steps), **done}
-                    | {"images_per_second": rate, "peak_memory_bytes": peak_memory(accelerator.device)}
-                )
-            if preview and (k % config.preview_every == 0 or k == config.steps):
-                preview.save(out / "previews" / f"step-{k:06d}.png", student, theta.averaged())
-            if stop or k % config.checkpoint_every == 0 or k == config.steps:
-                if main:
+                run.log(line)
+                if save:
                     run.save(k, seconds)
+                if show or save:
+                    write_page(out, "running")
+            if save:
                 accelerator.wait_for_everyone()
             if stop and k < config.steps:
                 reporter.note(f"interrupted after step {k}; the same command continues from here")
                 raise KeyboardInterrupt
     accelerator.end_training()
-    return out / "student"
+
+
+@contextmanager
+def _tracking(accelerator: Accelerator, config: DistillConfig, out: Path, start: int) -> Iterator[None]:
+    """Send the log to the tracker of `--track`, if any, too; one that continues replaces the steps after `start`."""
+    settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in to_json(config).items()}
+    options = {"tensorboard": {"purge_step": start + 1}, "wandb": {"name": out.name, "dir": str(out)}}
+    accelerator.init_trackers("ibmd", settings, options)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def _load(config: DistillConfig, reporter: Reporter) -> Teacher:
@@ -205,7 +248,6 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
     predictor = copy.deepcopy(teacher.predictor)
     if channels:
         predictor = predictor.widen(channels, config.noise_init, rng)
-    fractions = torch.arange(config.nfe, dtype=torch.float64) / config.nfe
     chained = bridge.to_dict()["kind"] == "i2sb"
     shared = ("network", "bridge", "preconditioning", "conditional", "noise_channels")
     inherited = ("task", "image", "classes", "mask", "degradation", "licence")
@@ -218,7 +260,7 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
         **{key: predictor.to_dict()[key] for key in shared},
         **{key: teacher.config.get(key) for key in inherited},
         "sampling": {
-            "timesteps": bridge.time(fractions).tolist(),
+            "timesteps": student_times(bridge, config.nfe),
             "noise": {"channels": channels, "grid": config.noise_grid or teacher.image_size},
             "rollout": "chain" if chained else "random-step",
             "transition": "posterior" if chained else "marginal",
@@ -229,126 +271,12 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
     return Student(predictor, settings)
 
 
-def open_run(out: Path, config: DistillConfig, origins: dict[str, str], resume: str, processes: int) -> None:
-    """Make the run folder, or check that the one that is there may be continued with these settings."""
-    file = out / "config.json"
-    if file.exists():
-        saved = read_json(file)
-        if resume == "never":
-            raise UsageError(f"{out}: holds a run already; give another --out, or --resume auto to continue it")
-        changed = differences(config, saved["settings"])
-        if saved["processes"] != processes:
-            changed.append(f"processes: {saved['processes']} there, {processes} here")
-        if changed:
-            raise UsageError(f"{out}: a run with other settings ({'; '.join(changed)}); give another --out")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out}: not empty and not a run folder; give another --out")
-    content = {
-        "ibmd_version": __version__,
-        "processes": processes,
-        "settings": to_json(config),
-        "origins": origins,
-    }
-    with atomic_file(file) as new:
-        new.write_text(json.dumps(content, indent=2) + "\n")
-
-
-class Run:
-    """The checkpoints of a run folder and the student in it.
-
-    Args:
-        out: the run folder.
-        players: what a checkpoint holds.
-        student: written to `student/` with its averaged weights.
-        keep: checkpoints to keep.
-        scaler: of the gradients with fp16, shared by the players.
-    """
-
-    def __init__(
-        self, out: Path, players: dict[str, Player], student: Student, keep: int, scaler: torch.amp.GradScaler | None
-    ) -> None:
-        self.out, self.players, self.student, self.keep, self.scaler = out, players, student, keep, scaler
-
-    def save(self, step: int, seconds: float) -> None:
-        """Write `checkpoints/step-NNNNNN` and `student/`, each whole or not at all, and drop the oldest ones."""
-        folder = self.out / "checkpoints" / f"step-{step:06d}"
-        with atomic_folder(folder) as new:
-            try:
-                state = {name: player.state_dict() for name, player in self.players.items()}
-                torch.save(state | {"scaler": self.scaler.state_dict() if self.scaler else None}, new / "state.pt")
-            except RuntimeError as error:  # what torch makes of an OSError
-                free = shutil.disk_usage(self.out).free / 2**20
-                raise IbmdError(
-                    f"{folder}: cannot be written, {free:.0f} MiB are free there: free some space and run the same "
-                    "command again; the checkpoint before it is intact"
-                ) from error
-            progress = {"step": step, "seconds": seconds, "sha256": sha256(new / "state.pt")}
-            (new / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
-        self.save_student(step)
-        for old in self.checkpoints()[self.keep :]:
-            shutil.rmtree(old)
-
-    def save_student(self, step: int) -> None:
-        """Write `student/` with the averaged weights."""
-        config = {**self.student.config, "training": {**self.student.config["training"], "step": step}}
-        averaged = Student(self.players["student"].averaged(), config)  # type: ignore[arg-type]
-        save_model(averaged, self.out / "student", card=student_card(averaged))
-
-    def student_step(self) -> int | None:
-        """Return the step at which `student/` was written, None if there is no sound one."""
-        try:
-            return int(load_model(str(self.out / "student"), "student").config["training"]["step"])
-        except IbmdError:
-            return None
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`."""
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def checkpoints(self) -> list[Path]:
-        """Return the folders of the checkpoints, newest first."""
-        return sorted((self.out / "checkpoints").glob("step-*"), reverse=True)
-
-    def restore(self, resume: str, reporter: Reporter) -> tuple[int, float]:
-        """Load the newest sound checkpoint, or the one named; return its step and the seconds spent so far."""
-        folders = self.checkpoints() if resume in ("auto", "never") else [Path(resume)]
-        for folder in folders:
-            try:
-                progress = read_json(folder / "progress.json")
-                if sha256(folder / "state.pt") != progress["sha256"]:
-                    raise IbmdError(f"{folder}/state.pt: its checksum is wrong")
-            except (IbmdError, OSError, KeyError) as error:
-                if resume not in ("auto", "never"):
-                    raise IbmdError(f"--resume {resume}: not a sound checkpoint ({error})") from error
-                reporter.warn(f"{folder}: damaged ({error}); trying the one before it")
-                continue
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            for name, player in self.players.items():
-                player.load_state_dict(state[name])
-            if self.scaler:
-                self.scaler.load_state_dict(state["scaler"])
-            step = int(progress["step"])
-            self._trim_log(step)
-            reporter.note(f"resuming from {folder}")
-            return step, float(progress["seconds"])
-        if folders:
-            reporter.warn(f"{self.out}: no sound checkpoint; starting from step 0")
-        self._trim_log(0)
-        return 0, 0.0
-
-    def _trim_log(self, step: int) -> None:
-        """Drop the lines of steps that will be made again."""
-        file = self.out / "metrics.jsonl"
-        if file.exists():
-            lines = file.read_text().splitlines()[:step]
-            with atomic_file(file) as new:
-                new.write_text("".join(f"{line}\n" for line in lines))
-
-
 class Preview:
-    """The preview grid: the same sources and noise each time; rows source, teacher, student."""
+    """The student on the same sources with the same noise each time: a picture, and how much the noise changes.
+
+    The rows of the picture are source, teacher, student. Diversity is compared with that of the teacher at
+    `TEACHER_CALLS` calls, or fewer: nearly all of it is there by then.
+    """
 
     def __init__(self, sources: SourceImages, teacher: Teacher, seed: int, device: torch.device) -> None:
         n = min(PREVIEWS, len(sources))
@@ -357,18 +285,28 @@ class Preview:
         self.seed = seed
         nfe = teacher.config["sampling"]["nfe"]
         self.rows = [self.batch.x_T, teacher.translate(self.batch, self._streams(), nfe)]
+        calls = min(nfe, TEACHER_CALLS)
+        variants = [teacher.translate(self.batch, self._streams(v), calls) for v in range(VARIANTS)]
+        self.teacher_diversity = float(diversity(torch.stack(variants)).mean())
 
-    def save(self, file: Path, student: Student, predictor: Any) -> None:
-        """Write the grid with the student's present (averaged) weights."""
-        images = Student(predictor, student.config).translate(self.batch, self._streams())
+    def save(self, file: Path, student: Student, predictor: Any) -> dict[str, float]:
+        """Write the picture with the student's present (averaged) weights; return what it adds to the log.
+
+        A student without noise adds nothing.
+        """
+        student = Student(predictor, student.config)
+        variants = [student.translate(self.batch, self._streams(v)) for v in range(VARIANTS)]
+        images = [to_uint8(x.cpu()) for x in (*self.rows, variants[0])]
         with atomic_file(file) as new:
-            rows = dict(
-                zip(("source", "teacher", "student"), (to_uint8(x.cpu()) for x in (*self.rows, images)), strict=True)
-            )
-            labelled_grid(rows).save(new, format="png")
+            labelled_grid(dict(zip(("source", "teacher", "student"), images, strict=True))).save(new, format="png")
+        if not student.config["sampling"]["noise"]["channels"]:
+            return {}
+        spread = float(diversity(torch.stack(variants)).mean())
+        return {"diversity": spread, "teacher_diversity": self.teacher_diversity}
 
-    def _streams(self) -> list[torch.Generator]:
-        return [stream(self.seed, "preview", i) for i in range(len(self.batch.x_T))]
+    def _streams(self, variant: int = 0) -> list[torch.Generator]:
+        more = (variant,) if variant else ()
+        return [stream(self.seed, "preview", i, *more) for i in range(len(self.batch.x_T))]
 
 
 @contextmanager

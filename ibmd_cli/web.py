@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from ibmd_cli.cards import describe_teacher
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import atomic_file
 from ibmd_cli.hub import cache_folder
@@ -69,13 +70,13 @@ def write_page(student: Student, model: Path, page: Path) -> None:
         "name": student.name,
         "size": student.image_size,
         "source_scale": student.source_scale,
-        "source": "x_T",
         "inputs": _inputs(model, student.image_size),
         "examples": _examples(config),
     }
+    data = describe_teacher(config)["data"]
     about = (
-        f"A student of {config['teacher']['reference']}, distilled with ibmd {config['ibmd_version']}. "
-        f"Licence of the student: {config['licence']}. Run by ONNX Runtime Web {VERSION} (© Microsoft, MIT licence)."
+        f"Distilled with ibmd {config['ibmd_version']}{f' from a teacher of {data}' if data else ''}. Licence of the "
+        f"student: {config['licence']}. Run by ONNX Runtime Web {VERSION} (© Microsoft, MIT licence)."
     )
     parts = {
         "title": html.escape(student.name),
@@ -144,7 +145,7 @@ def _inputs(model: Path, side: int) -> dict[str, list[int]]:
     shapes = {i.name: [1, *(n if isinstance(n, int) else side for n in i.shape[1:])] for i in inputs}
     if "x_T" not in shapes or any(i.type != "tensor(float)" for i in inputs):
         found = ", ".join(f"{i.name}: {i.type}" for i in inputs)
-        raise IbmdError(f"{model}: has the inputs {found}; a page needs x_T and noise, of tensor(float)")
+        raise IbmdError(f"{model}: has the inputs {found}; a page needs x_T and noise, all tensor(float)")
     return shapes
 
 

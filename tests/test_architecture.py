@@ -10,12 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ibmd_cli"
 LAYERS = (
     ("normals",),
-    ("errors", "figures", "files", "noise", "reporting"),
-    (
-        *("bridges", "config", "decoding", "degradations", "devices", "encoding", "exported"),
-        *("hub", "launching", "sharing", "tiles"),
-    ),
-    ("images", "networks", "sheets"),
+    ("errors", "figures", "files", "logs", "noise", "reporting"),
+    ("bridges", "config", "decoding", "degradations", "devices", "encoding", "hub", "launching", "sharing", "tiles"),
+    ("exported", "images", "networks", "pages", "sheets"),
     ("distillation", "jobs"),
     ("samplers",),
     ("models",),
@@ -23,8 +20,8 @@ LAYERS = (
     ("onnx_graphs", "teachers"),
     ("cards", "mosaics", "optimisation", "metrics"),
     ("web",),
-    ("data", "evaluation", "export", "translating"),
-    ("reading", "student", "training"),
+    ("data", "evaluation", "export", "runs", "translating"),
+    ("plan", "reading", "student", "training"),
     ("sampling",),
     ("cli",),
     ("__main__",),

@@ -175,6 +175,9 @@ def test_figures_of_another_student_are_refused(student: Student, results: Path)
     results.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=r"about another student \(SHA-256 000000000000; this one is [0-9a-f]{12}\)"):
         read_results(results, student)
+    results.write_text(json.dumps({**content, "schema": 99}))
+    with pytest.raises(UsageError, match="not results of ibmd eval"):
+        read_results(results, student)
     results.write_text('{"rows": {}}')
     with pytest.raises(UsageError, match="not results of ibmd eval"):
         read_results(results, student)

@@ -19,6 +19,7 @@ from ibmd_cli import hub
 from ibmd_cli.cli import app
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.models import load_model
+from ibmd_cli.networks import UNet, UNetConfig
 from ibmd_cli.teachers import list_teachers, load_teacher
 
 PUBLISHED = {  # alias: family of the parity set, container, options
@@ -183,3 +184,37 @@ def test_teacher_on_the_hub_is_fetched_converted_and_listed_by_the_command(tmp_p
             assert done.returncode == 0, done.stderr
             expected = f"ddbm-edges2handbags hub:ddbm-edges2handbags {path.stat().st_size}\n"
             assert done.stdout == expected
+
+
+def test_a_run_is_planned_without_fetching_converting_or_writing(tmp_path: Path, cache: Path):
+    """Of a published teacher that is not here, the table tells all; of its authors' file, the file."""
+
+    def plan(*arguments: str) -> dict:
+        shown = CliRunner().invoke(app, ["distill", *arguments, "--dry-run", "--json"])
+        assert shown.exit_code == 0, shown.output
+        return json.loads(shown.stdout)
+
+    row = hub.published()["ddbm-edges2handbags"]
+    told = plan("--teacher", "hub:ddbm-edges2handbags", "--nfe", "2")
+    assert told["plan"]["parameters of the teacher"] == row["parameters"]
+    assert told["plan"]["parameters of the student"] == row["parameters"] + 3 * 9 * 192  # z: 3 channels more
+    assert told["plan"]["files to download"][0]["files"] == [row["file"]]
+    assert (told["settings"]["steps"], told["origins"]["steps"]) == (300, "preset")
+
+    path = write(tmp_path / "files", "ddbm-edges2handbags")
+    told = plan("--teacher", str(path))
+    assert (told["settings"]["preset"], told["origins"]["preset"]) == ("ddbm-edges2handbags", "contents of the file")
+    assert told["settings"]["steps"] == 14000
+    assert told["plan"]["parameters of the teacher"] == sum(w.numel() for w in rule_weights("ddbm_vp").values())
+    assert told["plan"]["files to download"] == []
+    assert not cache.exists()
+    assert {f.name for f in tmp_path.iterdir()} == {"files"}
+
+
+@pytest.mark.parametrize("alias", hub.published())
+def test_the_table_describes_the_published_networks(alias: str):
+    row = hub.published()[alias]
+    network = {"in_channels": 6 if row["conditional"] else 3, "num_classes": row["classes"], **row["network"]}
+    with torch.device("meta"):
+        count = sum(p.numel() for p in UNet(UNetConfig(**network)).parameters())
+    assert count == row["parameters"]

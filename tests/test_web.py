@@ -100,7 +100,7 @@ def test_a_page_holds_student_and_runtime(student: Student, small_runtime: dict[
     assert "{{" not in page
     assert "<title>&lt;/script&gt;&lt;b&gt;</title>" in page
     assert "<p>a → b &amp; c</p>" in page
-    assert "CC-BY-SA-4.0" in page
+    assert "from a teacher of OpenMoji 17 (https://openmoji.org). Licence of the student: CC-BY-SA-4.0." in page
     assert page.count("</script>") == page.count("<script")
     for name, content in {**small_runtime, "model": model.read_bytes()}.items():
         assert gzip.decompress(base64.b64decode(part(page, name))) == content

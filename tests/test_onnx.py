@@ -1,0 +1,286 @@
+"""Exported students compute what the student computes, whatever it takes, and run without PyTorch."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from ibmd_cli.degradations import fill_hole
+from ibmd_cli.distillation import Sources
+from ibmd_cli.errors import IbmdError, NotAvailable
+from ibmd_cli.exported import ExportedStudent, load_exported, open_exported
+from ibmd_cli.models import Student, load_model
+from ibmd_cli.mosaics import embedded_pairs
+from ibmd_cli.networks import make_predictor
+from ibmd_cli.noise import randn, stream
+from ibmd_cli.normals import Normals
+from ibmd_cli.onnx_graphs import export_onnx, make_graph, store
+from ibmd_cli.programs import Unrolled, export_program, noise_shapes, torch_draw
+
+I2SB = {"bridge": {"kind": "i2sb"}, "preconditioning": {"kind": "i2sb"}, "conditional": False}
+STUDENTS = {
+    "one step, no noise": {"timesteps": [1.0], "channels": 0},
+    "three steps, z and eps, classes": {"timesteps": [1.0, 0.6, 0.2], "channels": 2, "grid": 4, "classes": 5},
+    "posterior, known pixels": {**I2SB, "timesteps": [999, 400], "transition": "posterior", "fill": "noise"},
+    "no noise between the steps": {
+        **I2SB,
+        "bridge": {"kind": "i2sb", "noise_free": True},
+        "timesteps": [999, 500],
+        "channels": 3,
+    },
+}
+
+
+def make_student(config: dict, bridge=None, preconditioning=None, conditional=True, **options) -> Student:
+    """A tiny student with random weights, of what `STUDENTS` says."""
+    config = copy.deepcopy(config)
+    channels, grid = options.get("channels", 0), options.get("grid", 1)
+    config |= {
+        "format": "ibmd-student",
+        "bridge": bridge or config["bridge"],
+        "preconditioning": preconditioning or config["preconditioning"],
+        "conditional": conditional,
+        "noise_channels": channels,
+        "classes": options.get("classes"),
+        "mask": {"fill": options["fill"]} if "fill" in options else None,
+        "teacher": {"reference": "tiny"},
+        "sampling": {
+            "timesteps": options["timesteps"],
+            "noise": {"channels": channels, "grid": grid},
+            "rollout": "chain",
+            "transition": options.get("transition", "marginal"),
+        },
+    }
+    config["network"]["in_channels"] = (6 if conditional else 3) + channels
+    config["network"]["num_classes"] = options.get("classes")
+    predictor = make_predictor(config).eval()
+    with torch.no_grad():
+        for name, p in predictor.named_parameters():
+            draw = randn(p.shape, stream(0, name))
+            p.copy_(1 + 0.1 * draw if p.ndim == 1 and name.endswith("weight") else 0.1 * draw)
+    return Student(predictor, config)
+
+
+def assert_same_translations(student: Student, exported: ExportedStudent, tolerance: float, rng: str) -> None:
+    """Compare on batches and sizes that were not traced, with the streams of `ibmd sample`."""
+    side, classes, fill = student.image_size, student.config["classes"], (student.config["mask"] or {}).get("fill")
+    for count, height, width in ((1, side, side), (3, side, side), (2, side + 2, side + 4)):
+        x_T = torch.nn.functional.interpolate(embedded_pairs().x_T[:count].float() / 127.5 - 1, (height, width))
+        mask = label = None
+        streams = [stream(7, f"{i}.png", 1) for i in range(count)]
+        if fill:
+            mask = torch.zeros(count, 1, height, width)
+            mask[..., 3:9, 5:12] = 1
+        if classes:
+            label = torch.arange(count) % classes
+        filled = fill_hole(x_T, mask, fill, streams) if fill else x_T
+        want = student.translate(Sources(filled, label, mask), streams).numpy()
+        draw = exported.stream if rng == "own" else torch_draw
+        got = exported.translate(
+            x_T.numpy(),
+            [draw(7, f"{i}.png", 1) for i in range(count)],
+            None if mask is None else mask.numpy(),
+            None if label is None else label.numpy(),
+        )
+        assert got.dtype == np.float32
+        assert np.abs(got - want).max() < tolerance
+        assert np.abs(want).min() < 0.9, "not saturated, or nothing was compared"
+
+
+# ----------------------------------------------------------------------------------------------------- normals
+
+
+def test_random_numbers_are_those_of_pytorch():
+    for seed in range(20):
+        rng, draw = stream(seed, "drawing.png", 1), Normals(seed, "drawing.png", 1)
+        for size in (3, 1, 8, 5, 15, 16, 17, 31, 100, 3072, 7, 2, 1003):  # one by one below 16, and a pair kept
+            numbers = draw((size,))
+            assert numbers.dtype == np.float32
+            np.testing.assert_allclose(numbers, torch.randn(size, generator=rng).numpy(), rtol=0, atol=3e-6)
+
+
+def test_random_numbers_have_the_shape_that_is_asked_for():
+    np.testing.assert_array_equal(Normals(1, "a")((3, 4, 5)).ravel(), Normals(1, "a")((60,)))
+    assert not np.array_equal(Normals(1, "a")((8,)), Normals(1, "b")((8,)))
+
+
+# -------------------------------------------------------------------------------------------------- every kind
+
+
+@pytest.mark.parametrize(
+    "name", [name if i == 1 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(STUDENTS)]
+)
+def test_onnx_of_every_kind(tmp_path: Path, tiny_config: dict, name: str):
+    student = make_student(tiny_config, **STUDENTS[name])
+    export_onnx(student, tmp_path / "student.onnx")
+    exported = load_exported(tmp_path / "student.onnx")
+    assert exported.config == student.config
+    assert_same_translations(student, exported, 2e-4, "torch's")
+    model = onnx.load(tmp_path / "student.onnx")
+    dims = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    image = ["batch", 3, "height", "width"]
+    shapes = noise_shapes(student, (3, 16, 16))
+    assert dims["x_T"] == dims["x_0"] == image
+    assert set(dims) - {"x_T", "x_0"} == {
+        *shapes,
+        *(["mask"] if student.config["mask"] else []),
+        *(["label"] if student.config["classes"] else []),
+    }
+    if "eps" in shapes:
+        assert dims["eps"] == ["batch", 3 * (student.nfe - 1), "height", "width"]
+    assert {o.domain for o in model.opset_import} == {""}
+    assert str(Path(__file__).parent.parent).encode() not in (tmp_path / "student.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", [name if i == 2 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(STUDENTS)]
+)
+def test_program_of_every_kind(tmp_path: Path, tiny_config: dict, name: str):
+    student = make_student(tiny_config, **STUDENTS[name])
+    before = {key: v.clone() for key, v in student.predictor.state_dict().items()}
+    export_program(student, tmp_path / "student.pt2", "fp16")
+    exported = load_exported(tmp_path / "student.pt2")
+    assert exported.config == student.config
+    assert all(torch.equal(v, before[key]) for key, v in student.predictor.state_dict().items())
+    with torch.no_grad():
+        for p in student.predictor.parameters():
+            p.copy_(p.half().float())  # what the file holds
+    assert_same_translations(student, exported, 1e-5, "own")
+    assert str(Path(__file__).parent.parent).encode() not in (tmp_path / "student.pt2").read_bytes()
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_unrolled_student_translates(tiny_config: dict, name: str):
+    """The gate compares files with `Unrolled`: it is the student."""
+    student = make_student(tiny_config, **STUDENTS[name])
+    module = Unrolled(student)
+
+    class Eager(ExportedStudent):
+        stream = staticmethod(torch_draw)
+
+        def run(self, inputs):
+            with torch.no_grad():
+                return [module(**{key: torch.from_numpy(v) for key, v in inputs.items()}).numpy()]
+
+    names = ["x_T", *noise_shapes(student, (3, 16, 16))]
+    names += [key for key, own in (("mask", "mask"), ("label", "classes")) if student.config[own]]
+    assert_same_translations(student, Eager(student.config, Path(), names), 1e-5, "own")
+
+
+@pytest.mark.slow
+def test_noise_inside(tmp_path: Path, tiny_config: dict):
+    student = make_student(tiny_config, **STUDENTS["three steps, z and eps, classes"])
+    inputs = {"x_T": np.zeros((64, 3, 16, 16), np.float32), "label": np.zeros(64, np.int64)}
+    for file in (tmp_path / "student.onnx", tmp_path / "student.pt2"):
+        (export_onnx if file.suffix == ".onnx" else export_program)(student, file, noise_inside=True)
+        exported = open_exported(file)
+        x_0, z, eps = exported.run(inputs)
+        assert z.shape == (64, 6, 4, 4)
+        assert eps.shape == (64, 6, 16, 16)
+        for noise in (z, eps):
+            deviation = noise.size**-0.5
+            assert abs(noise.mean()) < 5 * deviation
+            assert abs(noise.std() - 1) < 5 * deviation
+        given = {key: torch.from_numpy(v) for key, v in {**inputs, "z": z, "eps": eps}.items()}
+        with torch.no_grad():
+            assert np.abs(Unrolled(student)(**given).numpy() - x_0).max() < 2e-4
+        assert not np.array_equal(exported.run(inputs)[1], z)
+        with pytest.raises(IbmdError, match="draws its noise itself"):
+            load_exported(file)
+
+
+# ------------------------------------------------------------------------------------------ the embedded student
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The embedded student, and its graph."""
+    student = load_model("builtin:outline2emoji", "student")
+    return student, make_graph(student)
+
+
+def test_weights_in_fewer_bits(tmp_path: Path, embedded):
+    """On real drawings: sizes halve and halve again, and what is lost stays small."""
+    student, graph = embedded
+    x_T = embedded_pairs().x_T[:16].float() / 127.5 - 1
+    want = student.translate(Sources(x_T), [stream(0, i) for i in range(16)]).numpy()
+    sizes, psnr = {}, {}
+    for dtype in ("fp32", "fp16", "bf16", "int8"):
+        file = tmp_path / f"{dtype}.onnx"
+        model = store(graph, dtype)
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, file)
+        exported = load_exported(file)
+        got = exported.translate(x_T.numpy(), [exported.stream(0, i) for i in range(16)])
+        sizes[dtype], psnr[dtype] = file.stat().st_size, -10 * np.log10(np.mean((got - want) ** 2) / 4)
+    assert sizes["fp32"] > 1.9 * sizes["fp16"] > 3.7 * sizes["int8"]
+    assert psnr["fp32"] > 100
+    assert psnr["fp16"] > 100, "the embedded student's weights are fp16 anyway"
+    assert psnr["bf16"] > 60
+    assert psnr["int8"] > 45
+
+
+def test_same_pictures_as_ibmd_sample(tmp_path: Path, embedded):
+    """With streams of its own, without PyTorch: not one level of one pixel differs in these 32 pictures."""
+    student, graph = embedded
+    onnx.save(graph, tmp_path / "student.onnx")
+    exported = load_exported(tmp_path / "student.onnx")
+    x_T = embedded_pairs().x_T[:32].float() / 127.5 - 1
+    want = student.translate(Sources(x_T), [stream(3, f"{i}.png", 1) for i in range(32)]).numpy()
+    got = exported.translate(x_T.numpy(), [exported.stream(3, f"{i}.png", 1) for i in range(32)])
+    levels = [np.rint((v + 1) * 127.5) for v in (want, got)]
+    assert np.abs(got - want).max() < 1e-4
+    assert np.mean(levels[0] != levels[1]) < 1e-4  # those that lay on the edge between two levels
+
+
+def test_starts_without_pytorch(tmp_path: Path, embedded):
+    onnx.save(embedded[1], tmp_path / "student.onnx")
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from ibmd_cli.exported import load_exported\n"
+        f"student = load_exported(Path({str(tmp_path / 'student.onnx')!r}))\n"
+        "x_0 = student.translate(np.zeros((2, 3, 32, 32), np.float32), [student.stream(0, i) for i in range(2)])\n"
+        "assert x_0.shape == (2, 3, 32, 32); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+
+
+def test_files_that_are_no_students(tmp_path: Path, embedded):
+    with pytest.raises(NotAvailable, match="no such file"):
+        load_exported(tmp_path / "absent.onnx")
+    for suffix in (".onnx", ".pt2"):
+        (tmp_path / f"text{suffix}").write_text("precious")
+        with pytest.raises(IbmdError, match="cannot read it"):
+            load_exported(tmp_path / f"text{suffix}")
+    model = copy.deepcopy(embedded[1])
+    for props, message in (
+        ({}, "holds no student"),
+        ({"ibmd": "[1]"}, "holds no student"),
+        ({"ibmd": json.dumps({"format": "ibmd-teacher", "format_version": 1})}, "holds no student"),
+        ({"ibmd": json.dumps({"format": "ibmd-student", "format_version": 99})}, "format_version 99, .* pip install"),
+    ):
+        del model.metadata_props[:]
+        onnx.helper.set_model_props(model, props)
+        onnx.save(model, tmp_path / "other.onnx")
+        with pytest.raises(IbmdError, match=message):
+            load_exported(tmp_path / "other.onnx")
+
+
+def test_file_beyond_what_onnx_holds(tmp_path: Path, embedded, monkeypatch):
+    import ibmd_cli.onnx_graphs
+
+    monkeypatch.setattr(ibmd_cli.onnx_graphs, "MAX_BYTES", 10_000_000)
+    with pytest.raises(IbmdError, match="ONNX allows 2 in a file"):
+        ibmd_cli.onnx_graphs.save_graph(embedded[1], tmp_path / "large.onnx")
+    assert list(tmp_path.iterdir()) == []
