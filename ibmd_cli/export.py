@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ibmd_cli.degradations import fill_hole
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.exported import open_exported
 from ibmd_cli.files import atomic_file
 from ibmd_cli.models import Student, load_model, save_weights
 from ibmd_cli.mosaics import embedded_pairs
 from ibmd_cli.noise import randn, stream
 from ibmd_cli.programs import Unrolled, export_program, noise_shapes
+from ibmd_cli.runners import open_exported
 
 
 class Format(NamedTuple):

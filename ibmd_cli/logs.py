@@ -17,7 +17,9 @@ WINDOW = 50
 LAG = 0.15
 """Warn above this lag. On runs of the embedded teachers that went well it stayed below 0.14."""
 COLLAPSE = 0.25
-"""Warn if diversity falls below this part of what it was, or of the teacher's in the second half of a run."""
+"""Warn if diversity falls below this part of the greatest so far, or of the teacher's when it had time to grow."""
+GROWN = 100
+"""Student updates, and half of a run, after which it had."""
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ class Watch:
     def _look_at_diversity(self, line: Mapping[str, Any]) -> list[str]:
         diversity, teacher = line["diversity"], line["teacher_diversity"]
         self.peak = max(self.peak, diversity)
-        due = max(self.peak, teacher if 2 * line["step"] >= self.steps else 0.0)
+        due = max(self.peak, teacher if line["step"] >= max(GROWN, self.steps / 2) else 0.0)
         before, self.collapsed = self.collapsed, diversity < COLLAPSE * due
         if before or not self.collapsed:
             return []

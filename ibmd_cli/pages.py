@@ -34,14 +34,14 @@ h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin
 .facts, .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 8rem), 1fr)) }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
 .facts b { display: block; font-size: 1.2rem } figure { margin: 0 } figcaption { font-weight: 600 }
-.warning { color: var(--warn) } small, .note { opacity: 0.75; font-weight: 400 }
+.warning { color: var(--warn) } small.b { white-space: nowrap } small, .note { opacity: 0.75; font-weight: 400 }
 svg, img { width: 100%; height: auto; display: block } img { max-width: 56rem; image-rendering: pixelated }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; opacity: 0.75 }
 .a { stroke: var(--a); color: var(--a) } .b { stroke: var(--b); color: var(--b) }
 polyline { fill: none; stroke-width: 2; stroke-linejoin: round } .raw { opacity: 0.3; stroke-width: 1 }
 .b:is(polyline) { stroke-dasharray: 5 4 } .grid { stroke: var(--line) } .zero { stroke: currentColor; opacity: 0.5 }
 table { border-collapse: collapse } td, th { text-align: left; padding: 0.15rem 0.8rem 0.15rem 0; vertical-align: top }
-td { overflow-wrap: anywhere; border-top: 1px solid var(--line) } .default { opacity: 0.6 }
+td { border-top: 1px solid var(--line) } td:nth-child(2) { overflow-wrap: anywhere } .default { opacity: 0.6 }
 """
 
 
@@ -155,7 +155,7 @@ def _settings(settings: Mapping[str, Any], origins: Mapping[str, str]) -> Iterat
     yield "<h2>Settings</h2><table><tr><th>setting</th><th>value</th><th>origin</th></tr>"
     for name, value in settings.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        origin = origins[name]
+        origin = origins.get(name, "default")
         yield f'<tr class="{escape(origin.split()[0])}"><td>{name}</td><td>{escape(text) or "–"}</td>'
         yield f"<td>{escape(origin)}</td></tr>"
     yield "</table>"
@@ -163,7 +163,7 @@ def _settings(settings: Mapping[str, Any], origins: Mapping[str, str]) -> Iterat
 
 def _chart(title: str, points: Points, note: str = "", other: tuple[str, Points] | None = None) -> str:
     """Draw a curve, its points faint and their means bold, and perhaps a second one for comparison."""
-    raw, bold = _means(points, 600), _means(points, 60)
+    raw, bold = _means(points, 600), _means(points, 40)
     second = other[1] if other else []
     legend = f' <small class="b">- - {other[0]}</small>' if other and second else ""
     caption = f"<figcaption>{title} <small>{note}</small>{legend}</figcaption>"

@@ -236,8 +236,8 @@ def _step(checkpoint: Path) -> int:
 
 
 def _content(student: Model) -> dict[str, Any]:
-    """Return the configuration without the settings that a resumed run may have otherwise."""
-    return {**student.config, "training": student.config["training"]["step"]}
+    """Return the configuration as in its file, but without the settings that a resumed run may have otherwise."""
+    return dict(json.loads(json.dumps({**student.config, "training": student.config["training"]["step"]})))
 
 
 def _equal(one: Model, other: Model) -> bool:

@@ -29,8 +29,10 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import atomic_file
 from ibmd_cli.jobs import Job, Plan, SampleConfig, make_plan
 from ibmd_cli.models import Student, Teacher, load_model
+from ibmd_cli.programs import ExportedModel
 from ibmd_cli.reading import Inputs, Read
 from ibmd_cli.reporting import Meter, Reporter
+from ibmd_cli.runners import SUFFIXES, load_exported
 from ibmd_cli.sharing import Claims, company, place
 from ibmd_cli.sheets import Sheet
 from ibmd_cli.teachers import load_teacher
@@ -136,8 +138,12 @@ def _ahead(pool: ThreadPoolExecutor, do: Callable[[In], Out], items: Iterable[In
 # ------------------------------------------------------------------------------------------------------- model
 
 
-def _load(config: SampleConfig, quiet: bool) -> Student | Teacher:
+def _load(config: SampleConfig, quiet: bool) -> Student | Teacher | ExportedModel:
     device = resolve_device(config.device)
+    if config.student is not None and config.student.endswith(SUFFIXES) and not config.student.startswith("hf://"):
+        if config.device not in ("auto", "cpu"):
+            raise UsageError(f"--device {config.device}: {shown(config.student)} runs on the CPU; leave --device out")
+        return ExportedModel(load_exported(Path(config.student)))
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if config.teacher is not None:

@@ -46,6 +46,8 @@ PREVIEWS = 8
 VARIANTS = 4
 """Draws of z for each of them, from which diversity is computed."""
 TEACHER_CALLS = 10
+MOST_CALLS = 100
+"""Of the teacher, for the preview: the published ones are sampled in up to 999."""
 
 
 def distill(
@@ -283,7 +285,7 @@ class Preview:
         rows = torch.linspace(0, len(sources) - 1, n).long().tolist()
         self.batch = sources.take(rows, stream(seed, "preview sources"), device)
         self.seed = seed
-        nfe = teacher.config["sampling"]["nfe"]
+        nfe = min(teacher.config["sampling"]["nfe"], MOST_CALLS)
         self.rows = [self.batch.x_T, teacher.translate(self.batch, self._streams(), nfe)]
         calls = min(nfe, TEACHER_CALLS)
         variants = [teacher.translate(self.batch, self._streams(v), calls) for v in range(VARIANTS)]

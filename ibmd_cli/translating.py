@@ -24,6 +24,7 @@ from ibmd_cli.images import Geometry, enlarged, fit, lay, lay_mask, to_image, un
 from ibmd_cli.models import Student, Teacher
 from ibmd_cli.mosaics import enlarge
 from ibmd_cli.noise import stream
+from ibmd_cli.programs import ExportedModel
 from ibmd_cli.tiles import Tiles
 
 CPU_BATCH_PIXELS = 8 * 32 * 32  # fills a core with small images; large ones go one by one
@@ -88,7 +89,7 @@ class Translator:
 
     def __init__(
         self,
-        model: Student | Teacher,
+        model: Student | Teacher | ExportedModel,
         *,
         seed: int = 0,
         fit: str = "pad",
@@ -104,15 +105,15 @@ class Translator:
             raise UsageError(f"fit {fit!r}: expected {', '.join(FITS)}")
         if degradation is not None:
             check_name(degradation)
-        if isinstance(model, Student):
+        if isinstance(model, Teacher):
+            self.nfe = nfe or int(model.config["sampling"]["nfe"])
+        else:
             if nfe not in (None, model.nfe):
                 raise UsageError(f"--nfe {nfe}: {model.name} was distilled for {model.nfe}; leave --nfe out")
             self.nfe = model.nfe
-        else:
-            self.nfe = nfe or int(model.config["sampling"]["nfe"])
         self.model, self.seed, self.fit, self.restore_size = model, seed, fit, restore_size
         self.sampler, self.options, self.degradation, self.warn = sampler, dict(options or {}), degradation, warn
-        self.device = next(model.predictor.parameters()).device
+        self.device = model.device if isinstance(model, ExportedModel) else next(model.predictor.parameters()).device
         self.side = model.image_size
         self.scale = 1 if degradation else model.source_scale
         self.classes = model.config.get("classes")

@@ -17,7 +17,7 @@ LAYERS = (
     ("samplers",),
     ("models",),
     ("checkpoints", "programs"),
-    ("onnx_graphs", "teachers"),
+    ("onnx_graphs", "runners", "teachers"),
     ("cards", "mosaics", "optimisation", "metrics"),
     ("web",),
     ("data", "evaluation", "export", "runs", "translating"),

@@ -203,3 +203,32 @@ def test_run_is_not_begun_with_a_degradation_that_cannot_be(emoji: Path, tiny_te
     with pytest.raises(IbmdError, match="does not fill holes"):
         distill(config, {}, tmp_path / "run", torch.device("cpu"), "auto", QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def folders(root: Path, emoji: Path, names: list[str]) -> Path:
+    """Copy the images of `emoji` into folders of these names, in turn."""
+    for i, file in enumerate(sorted(emoji.iterdir())):
+        folder = root / names[i % len(names)]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file.name).write_bytes(file.read_bytes())
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [(["b", "a", "c"], {"b": 1, "a": 0, "c": 2}), (["2", "0"], {"2": 2, "0": 0})]
+)
+def test_classes_are_the_folders(names: list, expected: dict, emoji: Path, teacher: dict, tmp_path: Path):
+    root = folders(tmp_path / "classes", emoji, names)
+    sources = SourceImages((str(root),), teacher | {"classes": 3}, Reporter(quiet=True))
+    alone = {name: SourceImages((str(root / name),), teacher, Reporter(quiet=True)).pixels for name in names}
+    batch = sources.batch(16, stream(0), flip=False)
+    for x, label in zip(batch.x_T, batch.label, strict=True):
+        (name,) = (name for name, number in expected.items() if number == label)
+        assert rows_of(x[None], alone[name].float() / 127.5 - 1)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["0", "7"], ["."]])
+def test_classes_that_cannot_be_told(names: list, emoji: Path, teacher: dict, tmp_path: Path):
+    root = folders(tmp_path / "classes", emoji, names)
+    with pytest.raises(UsageError, match="the teacher has 3 classes: expected a folder for each"):
+        SourceImages((str(root),), teacher | {"classes": 3}, Reporter(quiet=True))

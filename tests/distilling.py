@@ -1,0 +1,66 @@
+"""What the tests of runs share: `ibmd distill` on a tiny teacher, in this process, and what came of it."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from typer.testing import CliRunner
+
+import ibmd_cli.training
+from ibmd_cli.cli import app
+from ibmd_cli.optimisation import Player
+
+SMALL = ["--steps", "4", "--bridge-steps", "2", "--batch-size", "4", "--checkpoint-every", "2", "--preview-every", "2"]
+
+
+def distill(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, ["distill", "--device", "cpu", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def interrupt(monkeypatch: Any, arguments: list[object], step: int) -> None:
+    """Train, and get SIGTERM in step `step` of this process."""
+    left = iter([False] * (step - 1) + [True])
+
+    def agreed(_: object, interrupted: list[int]) -> bool:
+        if next(left, False):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        return bool(interrupted)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ibmd_cli.training, "_agreed", agreed)
+        assert distill(*arguments).exit_code == 130
+
+
+def poison(monkeypatch: Any, wanted: Callable[[str, int], bool]) -> None:
+    """Make the gradient not finite in the steps of the players that are wanted."""
+    real = Player.update
+
+    def update(self: Player, step: int, compute: Callable[..., float]) -> float:
+        factor = torch.nan if wanted(self.name, step) else 1.0
+        return real(self, step, lambda rng, backward: compute(rng, lambda loss: backward(factor * loss)))
+
+    monkeypatch.setattr(Player, "update", update)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load((run / "student" / "model.safetensors").read_bytes())  # load_file's would change with the file
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def log(run: Path, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: v for key, v in line.items() if key not in without} for line in lines]

@@ -1,0 +1,152 @@
+"""`run.html`: one sound file with nothing loaded from elsewhere, that tells how a run goes; and trackers."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from distilling import SMALL, distill, interrupt, log
+from PIL import Image
+
+from ibmd_cli.errors import UsageError
+from ibmd_cli.pages import PREVIEWS, WIDEST, _ticks, write_page
+
+CHARTS = 5  # the lag is seen after 50 steps only
+
+
+@pytest.fixture
+def arguments(tiny_teacher: Path, drawings: Path) -> list[object]:
+    return ["--teacher", tiny_teacher, "--data", drawings, *SMALL, "--quiet"]
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order, and keeps tags, addresses and text."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.stack: list[str] = []
+        self.source = file.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [str(value) for name, value in attributes if name in ("src", "href", "data", "action")]
+        if tag not in ("meta", "img", "line"):
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page_of_a_run(arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "a<b>&c"
+    interrupt(monkeypatch, [*arguments, "--out", out], 3)
+    assert "interrupted at" in Page(out / "run.html").text
+    distill(*arguments, "--out", out)
+    page = Page(out / "run.html")
+    assert "finished at" in page.text
+    assert out.name in page.text  # escaped, or it would have become a tag
+    assert "4 of 4" in page.text
+    assert page.tags.count("svg") == CHARTS
+    assert page.tags.count("img") == 3
+    assert "script" not in page.tags
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not re.search(r"url\(|@import", page.source)
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    rows = re.findall(r"<tr class=\"\w+\"><td>(\w+)</td><td>(.*?)</td><td>(\w+)</td>", page.source)
+    assert [name for name, _, _ in rows] == list(settings)
+    assert {name: origin for name, _, origin in rows}["steps"] == "flag"
+    assert "refresh" not in page.source
+
+
+def test_running_page_loads_itself_again(tmp_path: Path):
+    page = written(tmp_path, [], "running")
+    assert '<meta http-equiv="refresh"' in page.source
+    assert "0 of 12" in page.text
+
+
+def written(out: Path, lines: list[dict], status: str) -> Page:
+    settings = {"teacher": "builtin:x", "steps": 12, "data": ["a", "b"]}
+    content = {"ibmd_version": "0", "processes": 1, "settings": settings, "origins": dict.fromkeys(settings, "flag")}
+    (out / "config.json").write_text(json.dumps(content))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_page(out, status)
+    return Page(out / "run.html")
+
+
+def line(step: int, **values: object) -> dict:
+    return {
+        **{"step": step, "bridge_loss": 0.1, "student_loss": 0.01, "bridge_lag": None, "lr": 1e-4, "images": step},
+        **{"images_per_second": 1.0, "seconds": float(step), "peak_memory_bytes": 1, "skipped": 0},
+        **values,
+    }
+
+
+def test_long_run_makes_a_small_page(tmp_path: Path):
+    page = written(tmp_path, [line(step, student_loss=step % 17 - 8) for step in range(1, 20_001)], "finished")
+    assert len(page.source) < 300_000
+
+
+def test_what_is_missing_or_wrong_is_shown(tmp_path: Path):
+    lines = [line(1, student_loss=None), line(2, bridge_loss=None, warnings=["a <sign> of trouble"]), line(3)]
+    page = written(tmp_path, lines, "stopped: x < y")
+    assert "stopped: x < y" in page.text
+    assert "a <sign> of trouble" in page.text
+    assert page.text.count("no values yet") == 2  # lag and diversity
+
+
+def test_many_wide_previews(tmp_path: Path):
+    (tmp_path / "previews").mkdir()
+    for step in range(0, 100, 5):
+        Image.effect_noise((2 * WIDEST, 100), 20).save(tmp_path / "previews" / f"step-{step:06d}.png")
+    page = written(tmp_path, [], "finished")
+    steps = [int(step) for step in re.findall(r"<figcaption>step (\d+)", page.source)]
+    assert len(steps) == PREVIEWS
+    assert (steps[0], steps[-1]) == (95, 0)
+    assert len(page.source) < PREVIEWS * 2 * WIDEST * 50
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-0.013, 0.021), (3e-5, 3e-4), (1, 1.0001), (-5, -1), (0, 7e9), (0.19, 0.61)]
+)
+def test_ticks(low: float, high: float):
+    ticks = _ticks(low, high)
+    assert 2 <= len(ticks) <= 6
+    assert ticks[0] <= low + 1e-9 * (high - low)
+    assert ticks[-1] >= high - 1e-9 * (high - low)
+    assert ticks[-1] - ticks[0] <= 3 * (high - low)
+
+
+# ------------------------------------------------------------------------------------------------------- trackers
+
+
+def test_tensorboard_gets_the_log(arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    command = [*arguments, "--track", "tensorboard", "--checkpoint-every", 2, "--out", tmp_path / "run"]
+    interrupt(monkeypatch, command, 3)
+    distill(*command)
+    (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    for name in ("bridge_loss", "student_loss", "lr", "skipped"):
+        seen = [(event.step, event.value) for event in events.Scalars(name)]
+        assert seen == [(line["step"], pytest.approx(line[name])) for line in log(tmp_path / "run")]
+
+
+def test_tracker_that_is_not_installed(arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ibmd_cli.training.find_spec", lambda _: None)
+    with pytest.raises(UsageError, match="--track wandb: it is not installed: pip install wandb"):
+        distill(*arguments, "--track", "wandb", "--out", tmp_path / "run")
+    with pytest.raises(UsageError, match="'mlflow' is not one of"):
+        distill(*arguments, "--track", "mlflow", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
