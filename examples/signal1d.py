@@ -116,7 +116,7 @@ def main() -> None:
         draws = sample_teacher(teacher, x_T, sampler="dbim", nfe=nfe, noise=stream(args.seed, nfe))
         report(f"teacher, {nfe} evaluations", draws, mean, covariance[0])
     for step in steps:
-        if (step.k + 1) % (args.steps // 4) == 0:
+        if (step.k + 1) % max(1, args.steps // 4) == 0:
             with torch.no_grad():
                 *_, draws = translate(theta.averaged(), setup, Sources(x_T), stream(args.seed, "z"))
             report(f"student, {step.k + 1} updates", draws, mean, covariance[0])

@@ -297,4 +297,8 @@ BRIDGES: dict[str, type[Bridge]] = {cls.kind: cls for cls in (VPBridge, VEBridge
 def make_bridge(config: dict[str, Any]) -> Bridge:
     """Build a bridge from its JSON form (`Bridge.to_dict`)."""
     settings = dict(config)
-    return BRIDGES[settings.pop("kind")](**settings)
+    kind = settings.pop("kind")
+    wrong = {key: value for key, value in settings.items() if not isinstance(value, int | float)}
+    if wrong:
+        raise TypeError(f"bridge {kind}: expected numbers, found {wrong}")
+    return BRIDGES[kind](**settings)

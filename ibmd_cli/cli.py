@@ -354,7 +354,7 @@ def export(
     everything: Annotated[
         bool, typer.Option("--all", help="Write every format with every dtype, and compare them.")
     ] = False,
-    opset: Annotated[int | None, typer.Option(help="Of ONNX: 18 to 23.", show_default="20")] = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX: 18 to 20.", show_default="20")] = None,
     noise_inside: Annotated[
         bool, typer.Option("--noise-inside", help="The file draws its noise itself, and takes images alone.")
     ] = False,
@@ -421,10 +421,12 @@ def _show_teachers(rows: list[dict[str, Any]], as_json: bool) -> None:
             "size": f"{row['bytes'] / 1e9:.1f} GB" if row["bytes"] > 1e8 else f"{row['bytes'] / 1e6:.0f} MB",
             "from": sites[row["source"].partition(":")[0]],
             "licence": row["licence"],
-            "Table 7": "" if row["paper row"] == "-" else "yes",
+            "Table 7": "yes" if row["paper_row"] else "",
         }
         for row in rows
     ]
+    if sys.stdout.isatty() and os.get_terminal_size().columns < 120:
+        short = [{key: row[key] for key in ("teacher", "task", "size", "from")} for row in short]
     _table("Teachers (Table 7: distilled in the paper; --json tells files, parameters and data, too)", short)
 
 

@@ -103,7 +103,9 @@ class DistillConfig:
                 raise UsageError(f"{_flag(name)}: {getattr(self, name)} is too small: expected at least {low}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UsageError(f"{_flag(name)}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+                raise UsageError(
+                    f"{_flag(name)}: {getattr(self, name)!r} is not one of {', '.join(filter(None, choices))}"
+                )
         for name in ("lr", "bridge_lr", "t_power"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{_flag(name)}: {getattr(self, name)} must be greater than 0")

@@ -48,9 +48,7 @@ class SourceImages:
         degradation: str = "",
         masks: str = "",
     ) -> None:
-        if not references:
-            raise NotAvailable("no source images: give a folder of them with --data")
-        _check(degradation, references, teacher, reporter)
+        check_sources(references, teacher, degradation, reporter)
         self.size = int(teacher["image"]["size"])
         self.degradation, self.masks = degradation, masks
         self.fill = (teacher.get("mask") or {}).get("fill")
@@ -100,9 +98,17 @@ class SourceImages:
         return Sources(fill_hole(x, mask, self.fill, rng), mask=mask)
 
 
-def _check(degradation: str, references: Sequence[str], teacher: Mapping[str, Any], reporter: Reporter) -> None:
-    """Refuse a degradation that does not go with the teacher or the data."""
-    name, own = teacher["name"], teacher.get("degradation") or ""
+def check_sources(references: Sequence[str], teacher: Mapping[str, Any], degradation: str, reporter: Reporter) -> None:
+    """Refuse data that are not there, and a degradation that does not go with the teacher or the data.
+
+    Arguments and errors are those of `SourceImages`.
+    """
+    if not references:
+        raise NotAvailable("no source images: give a folder of them with --data")
+    for reference in references:
+        if not reference.startswith("builtin:") and not Path(reference).exists():
+            raise NotAvailable(f"--data {reference}: no such folder")
+    name, own = teacher.get("name", "the teacher"), teacher.get("degradation") or ""
     inpaints, masked = bool(teacher.get("mask")), degradation.startswith("inpaint-")
     if degradation:
         check_name(degradation)
@@ -132,8 +138,6 @@ def _read(
             raise UsageError(f"--data {reference}: has no classes, and the teacher needs them: give a folder")
         return x_T, []
     path = Path(reference)
-    if not path.exists():
-        raise NotAvailable(f"--data {reference}: no such folder")
     files = find_images(path)
     if not files:
         raise NotAvailable(f"--data {reference}: no images in it")

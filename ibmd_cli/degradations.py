@@ -5,7 +5,6 @@ All of them act on float images in [-1, 1], are computed in float32, and neither
 defect of it, from DDRM (arXiv:2201.11793). `edges` is our own, to draw photos as edges2handbags' sources are drawn.
 """
 
-import difflib
 import math
 import zipfile
 import zlib
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.noise import Streams, noise_like
 
 DEGRADATIONS = {
@@ -40,8 +39,7 @@ DEGRADATIONS = {
 def check_name(name: str) -> None:
     """Raise a UsageError that lists the nearest names unless `name` is a key of `DEGRADATIONS`."""
     if name not in DEGRADATIONS:
-        near = difflib.get_close_matches(name, DEGRADATIONS, n=3, cutoff=0.4) or DEGRADATIONS
-        raise UsageError(f"no degradation {name!r}: nearest: {', '.join(near)}")
+        raise UsageError(f"no degradation {name!r}: {nearest(name, DEGRADATIONS)}")
 
 
 def degrade(x_0: Tensor, name: str) -> Tensor:

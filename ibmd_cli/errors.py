@@ -1,5 +1,8 @@
 """The errors that a user can cause. Each is one line: the value, what was expected, and what mends it."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class IbmdError(Exception):
     """A failure that is told in one line.
@@ -21,3 +24,9 @@ class NotAvailable(IbmdError):
     """A model or data set that cannot be found or fetched (exit 4)."""
 
     exit_code = 4
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known names that are most like `name`, or all of them, for a message."""
+    names = list(known)
+    return "nearest: " + ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names)

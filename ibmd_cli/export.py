@@ -267,7 +267,7 @@ def sources(student: Student) -> Tensor:
 
     They are those of the embedded data that it was distilled from, or drawings, enlarged or reduced to its size.
     """
-    kind, _, name = student.config["teacher"]["reference"].partition(":")
+    kind, _, name = str((student.config.get("teacher") or {}).get("reference")).partition(":")
     pairs = embedded_pairs(name if kind == "builtin" else "outline2emoji")
     side = student.image_size
     x_T = pairs.x_T[: max(3, PIXELS // side**2)].float() / 127.5 - 1
@@ -281,11 +281,11 @@ def make_inputs(student: Student, x_T: Tensor, seed: int, noise_inside: bool = F
     if not noise_inside:
         for name, shape in noise_shapes(student, x_T.shape[1:]).items():
             inputs[name] = randn((len(x_T), *shape), rng)
-    if student.config["mask"]:
+    if student.config.get("mask"):
         mask = torch.zeros_like(x_T[:, :1])
         mask[..., x_T.shape[2] // 4 : -x_T.shape[2] // 4, x_T.shape[3] // 4 : -x_T.shape[3] // 4] = 1
         inputs["mask"] = mask
         x_T = fill_hole(x_T, mask, student.config["mask"]["fill"], rng)
-    if student.config["classes"]:
+    if student.config.get("classes"):
         inputs["label"] = torch.arange(len(x_T)) % student.config["classes"]
     return {name: v.numpy() for name, v in {"x_T": x_T.contiguous(), **inputs}.items()}

@@ -5,7 +5,6 @@ everywhere), and its hash compared, once, with the one that the Hub keeps of it.
 one commit. Every failure is one line.
 """
 
-import difflib
 import errno
 import hashlib
 import math
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from ibmd_cli import __version__
-from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.files import atomic_file
 from ibmd_cli.reporting import Reporter, is_plain
 
@@ -68,8 +67,7 @@ def locate(alias: str, *, quiet: bool = False) -> Path:
     """
     rows = published()
     if alias not in rows:
-        near = difflib.get_close_matches(alias, rows, n=3, cutoff=0.4) or list(rows)
-        raise NotAvailable(f"no teacher hub:{alias}: nearest: {', '.join(near)} (ibmd distill --list-teachers)")
+        raise NotAvailable(f"no teacher hub:{alias}: {nearest(alias, rows)} (ibmd distill --list-teachers)")
     row = rows[alias]
     if row["where"] == "hub":
         return download(row["repo"], row["file"], quiet=quiet)

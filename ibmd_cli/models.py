@@ -4,7 +4,6 @@ A model folder holds `config.json` (what the model is), `model.safetensors` (its
 A reference is `builtin:NAME`, `hf://OWNER/REPO`, or the path of a model folder or of a run folder (its student).
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -23,11 +22,11 @@ from torch import Tensor
 from ibmd_cli import __version__, hub
 from ibmd_cli.bridges import Bridge
 from ibmd_cli.distillation import Setup, Sources, translate
-from ibmd_cli.errors import IbmdError, NotAvailable
+from ibmd_cli.errors import IbmdError, NotAvailable, nearest
 from ibmd_cli.files import atomic_folder
 from ibmd_cli.networks import Predictor, make_predictor
 from ibmd_cli.noise import Streams
-from ibmd_cli.samplers import network_calls, sample_teacher
+from ibmd_cli.samplers import check_sampler, network_calls, sample_teacher
 
 FORMAT_VERSION = 1
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -88,7 +87,13 @@ class Teacher(Model):
 
         Returns:
             (B, C, H, W), not clamped.
+
+        Raises:
+            ValueError: a time is not one of the bridge's.
         """
+        low, high = 0, self.bridge.T
+        if bool(((t < low) | (t > high)).any()):
+            raise ValueError(f"times {t.tolist()}: expected {low} … {high:g} for a bridge of kind {self.bridge.kind}")
         return self.predictor(x_t, t, x_T, label=label)
 
     def translate(
@@ -215,7 +220,7 @@ def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
     """
     path = resolve(reference, kind)
     if path.is_file():
-        config, file = _metadata(path), path
+        config, file = read_metadata(path), path
     else:
         config, file = read_json(path / "config.json"), path / "model.safetensors"
     if config.get("format") not in ("ibmd-teacher", "ibmd-student"):
@@ -235,10 +240,35 @@ def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
     try:
         with torch.device("meta"):  # no weights yet: they are in the file
             predictor = make_predictor(config)
+        _check(config, predictor)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise IbmdError(f"{path}: config.json does not describe a model ({type(error).__name__}: {error})") from error
     load_weights(predictor, file)
     return (Teacher if is_teacher else Student)(predictor.eval(), config, file)
+
+
+def _check(config: dict[str, Any], predictor: Predictor) -> None:
+    """Refuse a configuration that would compute something else than it says, or fail later.
+
+    Raises:
+        KeyError, TypeError, ValueError: what is wrong.
+    """
+    for key in ("name", "task", "licence", "sampling"):
+        config[key]
+    size, channels = int(config["image"]["size"]), int(config["image"]["channels"])
+    if size < 1 or size % predictor.backbone.size_multiple:
+        raise ValueError(f"image.size {size}: expected a multiple of {predictor.backbone.size_multiple}")
+    network = predictor.backbone.config
+    inputs = channels * (1 + predictor.conditional) + predictor.noise_channels
+    if (network.in_channels, network.out_channels) != (inputs, channels):
+        raise ValueError(
+            f"network of {network.in_channels} channels in, {network.out_channels} out: "
+            f"expected {inputs} and {channels}, by image, conditional and noise_channels"
+        )
+    predictor.bridge.coefficients(torch.tensor([predictor.bridge.T], device="cpu"))
+    if config["format"] == "ibmd-teacher":
+        settings = dict(config["sampling"])
+        check_sampler(settings.pop("sampler"), predictor.bridge, settings.pop("nfe"), settings)
 
 
 def load_weights(predictor: Predictor, file: Path) -> None:
@@ -247,16 +277,18 @@ def load_weights(predictor: Predictor, file: Path) -> None:
     Raises:
         IbmdError: a tensor is missing, extra or misshapen, or the file cannot be read.
     """
-    want = {key: tuple(v.shape) for key, v in predictor.state_dict().items()}
+    state = predictor.state_dict()
     try:
         with safe_open(file, framework="pt") as tensors:
             have = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-        if wrong := misfits(have, want):
+        if wrong := misfits(have, {key: tuple(v.shape) for key, v in state.items()}):
             raise IbmdError(f"{file}: tensors do not fit config.json: {wrong}")
-        for key, v in predictor.to_empty(device="cpu").state_dict().items():
+        for key, v in state.items():
+            state[key] = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype)  # channels-last, as the network is
             # Opened anew for each: what was read through a mapping stays in memory until the file is closed.
             with safe_open(file, framework="pt") as tensors:
-                v.copy_(tensors.get_tensor(key))
+                state[key].copy_(tensors.get_tensor(key))
+        predictor.load_state_dict(state, assign=True)
     except (OSError, SafetensorError) as error:
         raise IbmdError(f"{file}: cannot be read as safetensors ({error})") from error
 
@@ -288,7 +320,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _metadata(file: Path) -> dict[str, Any]:
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Return the configuration in a safetensors file that `save_weights` wrote; nothing in another one.
+
+    Raises:
+        IbmdError: the file cannot be read as safetensors.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             return dict(json.loads((tensors.metadata() or {}).get("ibmd", "{}")))
@@ -333,7 +370,10 @@ def list_builtin() -> list[dict[str, Any]]:
                 "bytes": (folder / "model.safetensors").stat().st_size,
                 "source": "embedded",
                 "licence": config["licence"],
-                "paper row": "-",
+                "network": config["network"],
+                "bridge": config["bridge"],
+                "files": ["model.safetensors"],
+                "paper_row": "",
                 "dataset": "OpenMoji 17",
             }
         )
@@ -372,5 +412,4 @@ def resolve(reference: str, kind: str | None = None) -> Path:
         raise NotAvailable(
             f"{reference}: no model here: expected config.json and model.safetensors, or a run folder with student/"
         )
-    near = difflib.get_close_matches(reference, known, n=3, cutoff=0.4) or known
-    raise NotAvailable(f"no {kind or 'model'} {reference!r}: nearest: {', '.join(near)}; or give the path of a folder")
+    raise NotAvailable(f"no {kind or 'model'} {reference!r}: {nearest(reference, known)}; or give the path of a folder")

@@ -3,7 +3,6 @@
 Images are uint8 (N, 3, H, W), 0 … 255.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ibmd_cli.errors import NotAvailable
+from ibmd_cli.errors import NotAvailable, nearest
 from ibmd_cli.models import assets
 
 
@@ -63,9 +62,8 @@ def embedded_sources(name: str = "outline2emoji") -> Tensor:
 def _index(name: str) -> tuple[Path, dict[str, Any]]:
     file = assets() / name / "pairs.json"
     if not file.is_file():
-        known = sorted(f.parent.name for f in assets().glob("*/pairs.json"))
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-        raise NotAvailable(f"no data 'builtin:{name}': nearest: {', '.join(f'builtin:{n}' for n in near)}")
+        known = sorted(f"builtin:{f.parent.name}" for f in assets().glob("*/pairs.json"))
+        raise NotAvailable(f"no data 'builtin:{name}': {nearest(f'builtin:{name}', known)}")
     return file.parent, json.loads(file.read_text())
 
 

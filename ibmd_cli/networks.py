@@ -55,6 +55,11 @@ class UNetConfig:
     norm_groups: int = 32
     patch_size: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse an unknown order: it would compute garbage."""
+        if self.attention_order not in ("new", "legacy"):
+            raise ValueError(f"attention_order {self.attention_order!r}: expected new or legacy")
+
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
     """Convolve with stride 1, in float32 on the CPU always by oneDNN.
@@ -294,6 +299,11 @@ class Preconditioning:
     mT: float = 0.25
     m0T: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Refuse an unknown kind."""
+        if self.kind not in ("ddbm", "i2sb"):
+            raise ValueError(f"preconditioning.kind {self.kind!r}: expected ddbm or i2sb")
+
     def __call__(self, bridge: Bridge, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return c_skip, c_in, c_out at times `t` (B,), float64 (B,)."""
         if self.kind == "i2sb":
@@ -344,17 +354,18 @@ class Predictor(nn.Module):
             label: class indices (B,), for a class-conditional one.
 
         Returns:
-            x̂_0 (B, C, H, W), float32, not clamped.
+            x̂_0 (B, C, H, W), in the dtype of `x_t`, not clamped.
         """
         c_skip, c_in, c_out = (expand_to(c, x_t) for c in self.preconditioning(self.bridge, t))
+        dtype = next(self.backbone.parameters()).dtype  # states may be float64, as DBIM's are
         x = torch.cat([c_in * x_t, x_T], dim=1) if self.conditional else c_in * x_t
         if self.noise_channels:
             if z is None:
                 raise ValueError(f"this student needs noise z of {self.noise_channels} channels")
-            z = F.interpolate(z, x_t.shape[-2:], mode="nearest").contiguous(memory_format=torch.channels_last)
+            z = F.interpolate(z.to(dtype), x_t.shape[-2:], mode="nearest").contiguous(memory_format=torch.channels_last)
         else:
             z = None
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         return c_skip * x_t + c_out * self.backbone(x, self.bridge.c_noise(t), label, z).to(x_t.dtype)
 
     def weight(self, t: Tensor, power: float = 2.0) -> Tensor:

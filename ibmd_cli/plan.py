@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from ibmd_cli.config import DistillConfig
+from ibmd_cli.data import check_sources
 from ibmd_cli.models import student_times
 from ibmd_cli.networks import make_predictor
-from ibmd_cli.teachers import describe_teacher
+from ibmd_cli.reporting import Reporter
+from ibmd_cli.teachers import look_up_teacher
 
 
 def plan(config: DistillConfig, out: Path) -> dict[str, Any]:
@@ -19,9 +21,11 @@ def plan(config: DistillConfig, out: Path) -> dict[str, Any]:
     Raises:
         NotAvailable, UsageError, IbmdError: see `teachers.load_teacher`.
     """
-    teacher, files = describe_teacher(
+    teacher, files = look_up_teacher(
         config.teacher, config.preset or None, config.head_channels or None, config.attention_order or None
     )
+    if config.data:
+        check_sources(config.data, teacher, "" if config.degrade == "none" else config.degrade, Reporter(quiet=True))
     channels = config.noise_channels if config.noise else 0
     student = {**teacher, "noise_channels": channels}
     student["network"] = {**teacher["network"], "in_channels": teacher["network"]["in_channels"] + channels}

@@ -112,7 +112,7 @@ def trace(student: Student, dtype: str = "fp32", noise_inside: bool = False) -> 
         noise_inside: see `Unrolled`.
 
     Returns:
-        A program that takes x_T by position or name, and the other inputs by name.
+        A program that takes its inputs by name.
     """
     multiple = student.predictor.backbone.size_multiple
     side = max(student.image_size, 2 * multiple)  # a dimension of one unit would be taken for fixed
@@ -122,9 +122,9 @@ def trace(student: Student, dtype: str = "fp32", noise_inside: bool = False) -> 
         if not noise_inside:
             inputs[name] = torch.zeros(2, *shape)
             shapes[name] = {0: batch} if name == "z" else {0: batch, **sides}
-    if student.config["mask"]:
+    if student.config.get("mask"):
         inputs["mask"], shapes["mask"] = torch.zeros(2, 1, side, side), {0: batch, **sides}
-    if student.config["classes"]:
+    if student.config.get("classes"):
         inputs["label"], shapes["label"] = torch.zeros(2, dtype=torch.int64), {0: batch}
     return torch.export.export(Unrolled(student, dtype, noise_inside), (), inputs, dynamic_shapes=shapes)
 

@@ -62,12 +62,11 @@ def sample_teacher(
         UsageError: the sampler or an option is unknown, or does not fit the teacher.
         ValueError: the given noise has too few tensors, or one of another shape.
     """
-    bridge: Bridge = teacher.bridge
-    name, settings = _settings(sampler, nfe, options)
+    bridge: Bridge | None = getattr(teacher, "bridge", None)
+    if bridge is None:
+        raise UsageError(f"a teacher needs a bridge: give the {type(teacher).__name__} an attribute `bridge`")
+    name, settings = check_sampler(sampler, bridge, nfe, options)
     chosen = SAMPLERS[name]
-    if bridge.kind not in chosen.bridges:
-        fitting = ", ".join(other for other, row in SAMPLERS.items() if bridge.kind in row.bridges)
-        raise UsageError(f"sampler {sampler}: not defined for a teacher of kind {bridge.kind}: expected {fitting}")
     predict = getattr(teacher, "predict_x0", teacher)
     state, time = chosen.state, chosen.time
     if float64_device(x_T) != x_T.device:
@@ -75,11 +74,25 @@ def sample_teacher(
 
     def denoise(x_t: Tensor, t: float, source: Tensor) -> Tensor:
         times = torch.full((len(x_t),), t, dtype=time, device=x_t.device)
-        return predict(x_t.to(x_T.dtype), times, source.to(x_T.dtype), label=label).to(state)
+        known = {} if label is None else {"label": label}
+        return predict(x_t.to(x_T.dtype), times, source.to(x_T.dtype), **known).to(state)
 
     if mask is not None:
         mask = mask.to(x_T.device, state)
     return chosen.sample(denoise, bridge, x_T.to(state), mask, nfe, noise, **settings).to(x_T.dtype)
+
+
+def check_sampler(sampler: str, bridge: Bridge, nfe: int, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the sampler's name in `SAMPLERS` and all its options.
+
+    Raises:
+        UsageError: as `sample_teacher`.
+    """
+    name, settings = _settings(sampler, nfe, options)
+    if bridge.kind not in SAMPLERS[name].bridges:
+        fitting = ", ".join(other for other, row in SAMPLERS.items() if bridge.kind in row.bridges)
+        raise UsageError(f"sampler {sampler}: not defined for a teacher of kind {bridge.kind}: expected {fitting}")
+    return name, settings
 
 
 def network_calls(sampler: str, nfe: int, **options: Any) -> int:
@@ -117,7 +130,7 @@ def _sample_ddbm(
     Source: arXiv:2309.16948 (hybrid sampler); guidance w and the grid as in its code.
     """
     if mask is not None:
-        raise UsageError("sampler ddbm: takes no mask (its authors' ignores it): sample without one, or with dbim")
+        raise UsageError("sampler ddbm: takes no mask (its authors' ignores it): use dbim")
     rho_T = _at(bridge.alpha_rho, bridge.T)[1]
 
     def drift(x: Tensor, t: float, share: float) -> Tensor:

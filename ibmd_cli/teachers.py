@@ -3,7 +3,6 @@
 A published checkpoint is converted once to a model folder in the cache; from then on it is one like any other.
 """
 
-import difflib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,19 @@ from typing import Any
 import torch
 
 from ibmd_cli import hub
-from ibmd_cli.checkpoints import Checkpoint, convert, describe, infer_network, read_checkpoint
-from ibmd_cli.errors import UsageError
-from ibmd_cli.models import FORMAT_VERSION, Teacher, is_model, list_builtin, load_model, read_json, resolve
+from ibmd_cli.checkpoints import Checkpoint, convert, describe, read_checkpoint
+from ibmd_cli.devices import resolve_device
+from ibmd_cli.errors import UsageError, nearest
+from ibmd_cli.models import (
+    FORMAT_VERSION,
+    Teacher,
+    is_model,
+    list_builtin,
+    load_model,
+    read_json,
+    read_metadata,
+    resolve,
+)
 
 
 def load_teacher(
@@ -47,7 +56,7 @@ def load_teacher(
     folder = find_teacher(reference, preset, head_channels, attention_order, quiet)
     teacher = load_model(str(folder), "teacher")
     assert isinstance(teacher, Teacher)
-    teacher.to(device)
+    teacher.to(resolve_device(str(device)))
     return teacher
 
 
@@ -61,11 +70,12 @@ def find_teacher(
     """Return the model folder of a teacher, fetched and converted first where that is needed; see `load_teacher`."""
     table = hub.published()
     if preset is not None and preset not in table:
-        near = difflib.get_close_matches(preset, table, n=3, cutoff=0.4) or list(table)
-        raise UsageError(f"--preset {preset}: no such published teacher: nearest: {', '.join(near)}")
+        raise UsageError(f"--preset {preset}: no such published teacher: {nearest(preset, table)}")
     if reference.startswith("hub:"):
         alias = reference.removeprefix("hub:")
-        path, preset = hub.locate(alias, quiet=quiet), preset or alias
+        if preset not in (None, alias):
+            raise UsageError(f"--preset {preset}: {reference} has its own; leave --preset out")
+        path, preset = hub.locate(alias, quiet=quiet), alias
     elif reference.startswith("hf://"):
         repo, revision, file = hub.parse_hf(reference)
         path = (
@@ -73,16 +83,21 @@ def find_teacher(
             if file
             else hub.snapshot(repo, revision, quiet=quiet)
         )
-    elif reference.startswith("builtin:") or is_model(Path(reference)) or not Path(reference).exists():
-        return resolve(reference, "teacher")
-    else:
+    elif Path(reference).exists():
         path = Path(reference)
-    if is_model(path):
+    else:
+        path = resolve(reference, "teacher")
+    if _is_ours(path):
+        if preset or head_channels or attention_order:
+            raise UsageError(
+                f"--preset, --head-channels and --attention-order are for published checkpoints: {reference} is a "
+                "model of ibmd and says all this itself; leave them out"
+            )
         return path
     return _converted(path, reference, preset, head_channels, attention_order)
 
 
-def describe_teacher(
+def look_up_teacher(
     reference: str,
     preset: str | None = None,
     head_channels: int | None = None,
@@ -99,7 +114,7 @@ def describe_teacher(
         network |= {key: row[key] for key in ("attention_order", "head_channels")}
         return {**row, "network": network, "noise_channels": 0}, missing
     path = Path(reference)
-    if path.exists() and not is_model(path) and not is_model(path / "student"):
+    if path.exists() and not _is_ours(path):
         checkpoint = read_checkpoint(path)
         name = preset or recognise(checkpoint)
         of_preset = hub.published()[name] if name else None
@@ -110,44 +125,47 @@ def describe_teacher(
 def recognise_file(reference: str) -> str | None:
     """Return the alias of the published teacher in a file or folder; None if `reference` is none, or is not known."""
     path = Path(reference)
-    if ":" in reference or not path.exists() or is_model(path):
+    if ":" in reference or not path.exists() or _is_ours(path):
         return None
     return recognise(read_checkpoint(path))
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether a path is a model folder, a run folder or an exported file of ibmd."""
+    return is_model(path) or is_model(path / "student") or (path.suffix == ".safetensors" and bool(read_metadata(path)))
 
 
 def _converted(
     path: Path, reference: str, preset: str | None, head_channels: int | None, attention_order: str | None
 ) -> Path:
     """Return the model folder that a published checkpoint becomes: in the cache, made now unless it is there."""
-    files = sorted(f for f in ([path] if path.is_file() else path.glob("*")) if f.is_file())
-    parts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = repr((parts, preset, head_channels, attention_order, FORMAT_VERSION))
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    cache = hub.cache_folder() / "teachers"
-    found = next(cache.glob(f"*-{digest}"), None)
-    if found is not None and is_model(found):
-        return found
-    alias = preset or recognise(read_checkpoint(path))
+    checkpoint = read_checkpoint(path)
+    alias = preset or recognise(checkpoint)
+    read = [f for f in (checkpoint.file, checkpoint.file.with_name("options.pkl")) if f.is_file()]
+    parts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in read]
+    key = repr((parts, alias, head_channels, attention_order, FORMAT_VERSION))
     name = alias or (path if path.is_dir() else path.with_suffix("")).name
-    folder = cache / f"{name}-{digest}"
-    convert(
-        path, folder, name=name, preset=hub.published()[alias] if alias else None, head_channels=head_channels,
-        attention_order=attention_order, source=reference,
-    )  # fmt: skip
+    folder = hub.cache_folder() / "teachers" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not is_model(folder):
+        convert(
+            path, folder, name=name, preset=hub.published()[alias] if alias else None, head_channels=head_channels,
+            attention_order=attention_order, source=reference,
+        )  # fmt: skip
     return folder
 
 
 def recognise(checkpoint: Checkpoint) -> str | None:
-    """Return the alias of the published teacher that a checkpoint is, as far as its contents tell; else None."""
-    table = hub.published()
-    if checkpoint.family == "i2sb":
-        alias = f"i2sb-{checkpoint.options['corrupt']}" if checkpoint.options else None
-        return alias if alias in table else None
-    shapes = {key: tuple(v.shape) for key, v in checkpoint.tensors.items()}
-    network = infer_network(shapes, attention_order="new", head_channels=1)
-    size = {4: 64, 6: 256}.get(len(network.channel_mult))  # ADM's levels for an image size
-    of_family = {alias: row for alias, row in table.items() if row["family"] == checkpoint.family}
-    return next((alias for alias, row in of_family.items() if row["image_size"] == size), None)
+    """Return the alias of the published teacher whose contents a checkpoint has: network, classes and I2SB's options.
+
+    None for any other; it has what its family shares, and a licence of its own.
+    """
+    parameters = sum(v.numel() for v in checkpoint.tensors.values())
+    for alias, row in hub.published().items():
+        corrupt = checkpoint.options["corrupt"] if checkpoint.options else None
+        is_task = row["family"] != "i2sb" or row["degradation"] == corrupt
+        if row["family"] == checkpoint.family and row["parameters"] == parameters and is_task:
+            return alias
+    return None
 
 
 def list_teachers() -> list[dict[str, Any]]:
@@ -166,7 +184,10 @@ def list_teachers() -> list[dict[str, Any]]:
                 "bytes": row["bytes"],
                 "source": f"hf://{row['repo']}/{row['file']}" if row["where"] == "hub" else row["url"],
                 "licence": row["licence"],
-                "paper row": row["paper_row"] or "-",
+                "network": {**row["network"], **{k: row[k] for k in ("attention_order", "head_channels")}},
+                "bridge": bridge,
+                "files": [row["file"]] if row["where"] == "hub" else row["files"],
+                "paper_row": row["paper_row"],
                 "dataset": row["dataset"],
             }
         )

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ibmd_cli import hub
+from ibmd_cli.checkpoints import Checkpoint
 from ibmd_cli.cli import app
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.models import load_model
 from ibmd_cli.networks import UNet, UNetConfig
-from ibmd_cli.teachers import list_teachers, load_teacher
+from ibmd_cli.teachers import list_teachers, load_teacher, recognise
 
 PUBLISHED = {  # alias: family of the parity set, container, options
     "ddbm-edges2handbags": ("ddbm_vp", published.ddbm, None),
@@ -49,9 +51,9 @@ def write(folder: Path, alias: str) -> Path:
 
 
 @pytest.mark.parametrize("alias", PUBLISHED)
-def test_published_file_is_recognised_converted_once_and_computes_as_published(tmp_path: Path, cache: Path, alias: str):
+def test_published_file_is_converted_once_and_computes_as_published(tmp_path: Path, cache: Path, alias: str):
     path = write(tmp_path / "files", alias)
-    teacher = load_teacher(str(path), head_channels=32)
+    teacher = load_teacher(str(path), preset=alias)
     assert teacher.name == alias
     row = hub.published()[alias]
     assert teacher.bridge.to_dict().items() >= row["bridge"].items()
@@ -66,8 +68,57 @@ def test_published_file_is_recognised_converted_once_and_computes_as_published(t
 
     (folder,) = cache.iterdir()
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    load_teacher(str(path), head_channels=32)
+    load_teacher(str(path), preset=alias)
     assert [f.stat().st_mtime_ns for f in cache.glob("*/model.safetensors")] == [before]
+
+
+@pytest.mark.parametrize("alias", hub.published())
+def test_full_size_checkpoints_are_recognised_and_others_are_not(alias: str):
+    """By network, classes and I2SB's options; so no other file gets the name and licence of a published one."""
+    row = hub.published()[alias]
+    network = UNetConfig(6 if row["conditional"] else 3, num_classes=row["classes"], **row["network"])
+    with torch.device("meta"):
+        full, other = (UNet(config).state_dict() for config in (network, replace(network, num_res_blocks=1)))
+    options = {"corrupt": row["degradation"]} if row["family"] == "i2sb" else None
+    assert recognise(Checkpoint(Path("x"), row["family"], full, options)) == alias
+    assert recognise(Checkpoint(Path("x"), row["family"], other, options)) is None
+
+
+def test_unknown_network_has_what_its_family_shares_and_no_licence(tmp_path: Path):
+    path = write(tmp_path / "files", "ddbm-edges2handbags")
+    teacher = load_teacher(str(path))
+    assert (teacher.name, teacher.config["licence"]) == ("checkpoint", "not stated")
+    assert teacher.bridge == load_teacher(str(path), preset="ddbm-edges2handbags").bridge
+
+
+def test_options_beside_a_file_are_part_of_it(tmp_path: Path):
+    folder = write(tmp_path / "files", "i2sb-jpeg-10")
+    assert load_teacher(str(folder / "latest.pt")).bridge.noise_free is False
+    published.save_options(folder, beta_max=1.0, ot_ode=True, corrupt="blur-uni")
+    assert load_teacher(str(folder / "latest.pt")).bridge.noise_free is True
+    (folder / "log.txt").touch()
+    assert load_teacher(str(folder)).bridge.noise_free is True
+
+
+def test_model_folder_takes_no_preset():
+    with pytest.raises(UsageError, match="leave them out"):
+        load_teacher("builtin:outline2emoji", preset="ddbm-diode")
+
+
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_times_outside_of_the_bridge_are_refused(t: int):
+    teacher = load_teacher("builtin:emoji-sr4x")
+    x = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"expected 0 … 999"):
+        teacher.predict_x0(x, torch.tensor([t]), x)
+
+
+def test_float64_images_are_predicted_in_float64():
+    teacher = load_teacher("builtin:emoji-sr4x")
+    x, t = torch.rand(2, 3, 32, 32), torch.tensor([500, 900])
+    single, double = teacher.predict_x0(x, t, x), teacher.predict_x0(x.double(), t, x.double())
+    assert double.dtype == torch.float64
+    assert torch.allclose(single.double(), double, atol=1e-5)
 
 
 def test_changed_file_is_converted_anew(tmp_path: Path, cache: Path):
@@ -202,8 +253,7 @@ def test_a_run_is_planned_without_fetching_converting_or_writing(tmp_path: Path,
     assert (told["settings"]["steps"], told["origins"]["steps"]) == (300, "preset")
 
     path = write(tmp_path / "files", "ddbm-edges2handbags")
-    told = plan("--teacher", str(path))
-    assert (told["settings"]["preset"], told["origins"]["preset"]) == ("ddbm-edges2handbags", "contents of the file")
+    told = plan("--teacher", str(path), "--preset", "ddbm-edges2handbags")
     assert told["settings"]["steps"] == 14000
     assert told["plan"]["parameters of the teacher"] == sum(w.numel() for w in rule_weights("ddbm_vp").values())
     assert told["plan"]["files to download"] == []
