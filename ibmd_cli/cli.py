@@ -341,7 +341,8 @@ def export(
     format: Annotated[
         str | None,
         typer.Option(
-            help="safetensors, onnx or torch-export (.pt2).", show_default="by the output's name, or safetensors"
+            help="safetensors, onnx, torch-export (.pt2), or web (.html: a page to draw on).",
+            show_default="by the output's name, or safetensors",
         ),
     ] = None,
     dtype: Annotated[
@@ -359,12 +360,39 @@ def export(
         bool, typer.Option("--noise-inside", help="The file draws its noise itself, and takes images alone.")
     ] = False,
     on_exists: Annotated[Literal["error", "overwrite"], typer.Option(help="If an output exists.")] = "error",
+    push_to: Annotated[
+        str | None, typer.Option(metavar="OWNER/REPO", help="Upload the model folder and its card to the Hub instead.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="results.json of ibmd eval, for the card's figures and grid.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, and the card.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a student as one file, run it back on real images, and keep it if it agrees with the student."""
+    """Write a student as one file, run it back on real images, and keep it if it agrees with the student.
+
+    With --push-to, the student goes to the Hub, from where hf://OWNER/REPO names it anywhere.
+    """
+    if push_to is None and (public or dry_run or results):
+        raise UsageError("--public, --dry-run and --results go with --push-to")
+    if push_to is not None:
+        if output or everything or format:
+            raise UsageError("--push-to: uploads the model folder; leave out --output, --format and --all")
+        from ibmd_cli.cards import publish
+
+        report = publish(student, push_to, results=results, public=public, dry_run=dry_run, quiet=quiet)
+        if as_json:
+            typer.echo(json.dumps({"schema": 1, **report}, ensure_ascii=False))
+        elif dry_run:
+            typer.echo("\n".join(f"{file['bytes']:>12,} {file['path']}" for file in report["files"]))
+            typer.echo(report["card"])
+        else:
+            typer.echo(report["url"])
+        return
     from ibmd_cli.export import Exporter, every_format, make_config
 
     reporter = Reporter(quiet)

@@ -17,14 +17,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Condition
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ibmd_cli.errors import IbmdError
+from ibmd_cli.files import why
 
 MAX_PIXELS = 100_000_000
+AT_ONCE = 32_000_000  # pixels that threads decode, or encode, at the same time: about ten bytes for each
 READABLE = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
 ORIENTATION, ARTIST, COPYRIGHT = 0x0112, 0x013B, 0x8298  # EXIF tags
 _TURNS = {
@@ -56,6 +59,35 @@ class Picture(NamedTuple):
     credits: dict[int, str] = {}
 
 
+class Budget:
+    """Pixels that threads may work on at the same time.
+
+    Args:
+        pixels: how many; an image that has more waits until it is alone.
+    """
+
+    def __init__(self, pixels: int = AT_ONCE) -> None:
+        self.pixels = self.left = pixels
+        self.changed = Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Wait until there are so many left, and have them for the length of the block."""
+        pixels = min(pixels, self.pixels)
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= pixels)
+            self.left -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += pixels
+                self.changed.notify_all()
+
+
+_DECODING = Budget()
+
+
 def shown(path: str | Path) -> str:
     """Spell a file's name on one line: control characters, and bytes that are not UTF-8, are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -72,7 +104,7 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS, alpha: str = "white")
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
-        raise IbmdError(f"{name}: cannot be opened ({error.strerror})") from error
+        raise IbmdError(f"{name}: cannot be opened {why(error)}") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise IbmdError(f"{name}: not a regular file: expected an image (a pipe is read with --input -)")
@@ -94,15 +126,31 @@ def decode(stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, alpha: str
         IbmdError: the content is no image, damaged, too large, or of values without a known range.
     """
     Image.init()  # all plugins: those for WebP, TIFF and AVIF are not loaded otherwise
-    try:
-        with Image.open(stream, formats=[f for f in READABLE if f in Image.OPEN]) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise IbmdError(
-                    f"{name}: {width}×{height} pixels, more than {max_pixels:,}: make it smaller or raise --max-pixels"
-                )
-            image.load()
+    with _one_line(name), Image.open(stream, formats=[f for f in READABLE if f in Image.OPEN]) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise IbmdError(
+                f"{name}: {width}×{height} pixels, more than {max_pixels:,}: make it smaller or raise the limit "
+                "(--max-pixels; in Python, max_pixels)"
+            )
+        with _DECODING.take(width * height):
             return to_picture(image, name, alpha)
+
+
+def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
+    """Convert a Pillow image by the rules of this module; arguments and errors as `decode`."""
+    with _one_line(name):
+        if 0 in image.size:
+            raise IbmdError(f"{name}: {image.width}×{image.height} pixels: expected one or more")
+        image.load()
+        return _convert(image, name, alpha)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Make one line of whatever goes wrong with an image."""
+    try:
+        yield
     except IbmdError:
         raise
     except UnidentifiedImageError:
@@ -111,12 +159,11 @@ def decode(stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, alpha: str
     except MemoryError as error:
         raise IbmdError(f"{name}: does not fit in memory: make it smaller") from error
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead to
-        why = shown(str(error)) or type(error).__name__
-        raise IbmdError(f"{name}: damaged or incomplete ({why}): copy or save it again") from error
+        reason = shown(str(error)) or type(error).__name__
+        raise IbmdError(f"{name}: damaged or incomplete ({reason}): copy or save it again") from error
 
 
-def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
-    """Convert a loaded Pillow image by the rules of this module; arguments and errors as `decode`."""
+def _convert(image: Image.Image, name: str, alpha: str) -> Picture:
     exif = _exif(image)
     rgb, transparency = _colours(image, name)
     if transparency is not None and alpha != "drop":

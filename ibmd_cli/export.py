@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from ibmd_cli.mosaics import embedded_pairs
 from ibmd_cli.noise import randn, stream
 from ibmd_cli.programs import Unrolled, export_program, noise_shapes
 from ibmd_cli.runners import open_exported
+from ibmd_cli.web import write_page
 
 
 class Format(NamedTuple):
@@ -33,7 +35,9 @@ FORMATS = {
     "safetensors": Format(".safetensors", ("fp32", "fp16", "bf16")),
     "onnx": Format(".onnx", ("fp32", "fp16", "bf16", "int8")),
     "torch-export": Format(".pt2", ("fp32", "fp16", "bf16")),
+    "web": Format(".html", ("fp32", "fp16", "int8")),
 }
+"""`web` is a page that holds the student as ONNX, see `web`."""
 
 
 class Tolerance(NamedTuple):
@@ -88,10 +92,10 @@ class ExportConfig:
             raise UsageError(f"--dtype: {self.dtype!r} is not one of {', '.join(dtypes)}, which {self.format} has")
         if self.output.suffix != suffix:
             raise UsageError(f"--output {self.output}: expected a name that ends in {suffix} for {self.format}")
-        if self.opset is not None and self.format != "onnx":
+        if self.opset is not None and self.format not in ("onnx", "web"):
             raise UsageError(f"--opset {self.opset}: {self.format} has none; add --format onnx")
-        if self.noise_inside and self.format == "safetensors":
-            raise UsageError("--noise-inside: safetensors holds weights alone; add --format onnx or torch-export")
+        if self.noise_inside and self.format not in ("onnx", "torch-export"):
+            raise UsageError(f"--noise-inside: {self.format} has no noise inside; add --format onnx or torch-export")
         if self.output.exists() and not self.overwrite:
             raise UsageError(f"{self.output}: exists; give another --output, or --on-exists overwrite")
 
@@ -111,11 +115,12 @@ def make_config(student: str, output: Path | None, format: str | None, dtype: st
 
 
 def every_format(student: str, folder: Path, **settings: Any) -> list[ExportConfig]:
-    """Return what `--all` writes: each format with each dtype that it has, as NAME-DTYPE in a folder."""
+    """Return what `--all` writes: each format for programs with each dtype that it has, as NAME-DTYPE in a folder."""
     name = short_name(student)
     return [
         ExportConfig(student, folder / f"{name}-{dtype}{row.suffix}", format, dtype, **settings)
         for format, row in FORMATS.items()
+        if format != "web"
         for dtype in row.dtypes
     ]
 
@@ -152,9 +157,10 @@ class Exporter:
             NotAvailable: what the format needs is not installed.
             IbmdError: the file does not agree with the student; it is not left behind.
         """
-        with atomic_file(config.output) as new:
-            self._write(config, new)
-            report = compare(self.student, new, config.noise_inside, config.seed)
+        with atomic_file(config.output) as new, TemporaryDirectory() as folder:
+            file = Path(folder) / "student.onnx" if config.format == "web" else new
+            self._write(config, file)
+            report = compare(self.student, file, config.noise_inside, config.seed)
             exact = config.format == "safetensors" and config.dtype == "fp32"  # a copy
             allowed = Tolerance(0.0, math.inf) if exact else TOLERANCE[config.dtype]
             psnr = math.inf if report["psnr"] is None else report["psnr"]
@@ -164,6 +170,8 @@ class Exporter:
                     f"{psnr:.1f} dB; {config.dtype} may by {allowed.max_difference:g}, {allowed.psnr:g} dB; "
                     f"nothing was written. Try --dtype fp32"
                 )
+            if config.format == "web":
+                write_page(self.student, file, new)
             size = new.stat().st_size
         return {
             "schema": 1,

@@ -1,25 +1,57 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Codes of the errors after which no other file can be written either: the disk is full, or the user's share of it."""
+_MENDS = {
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.EPERM: "check its permissions, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.EISDIR: "it is a folder; give another name",
+    errno.ENOTDIR: "a part of the path is a file; give another path",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EFBIG: "the system allows no file so large (ulimit -f); choose a smaller format",
+}
+
+
+def why(error: OSError) -> str:
+    """Say what the system says of a file, and what mends it, to be put after "cannot be …"."""
+    mend = _MENDS.get(error.errno or 0)
+    return f"({error.strerror})" + (f": {mend}" if mend else "")
+
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give the path of a temporary file in the same folder, which becomes `path` if the block ends well."""
+def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Give the path of a temporary file in the same folder, which becomes `path` if the block ends well.
+
+    Args:
+        path: what to write; its folder is made.
+        replace: whether it takes the place of a file that is there by then.
+
+    Raises:
+        FileExistsError: there is one, and `replace` is false.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".ibmd-", suffix=f".tmp{path.suffix}")
+    new = _beside(path, f".tmp{path.suffix}")
+    handle = os.open(new, os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, which only the system can tell safely
+    mode = os.fstat(handle).st_mode
     os.close(handle)
-    new = Path(name)
     try:
         yield new
         _sync(new)
-        new.chmod(0o666 & ~_umask())
-        new.replace(path)
+        if new.stat().st_mode != mode:  # made anew in the block, as safetensors does
+            new.chmod(mode)
+        if replace:
+            new.replace(path)
+        else:
+            _name(new, path)
     finally:
         new.unlink(missing_ok=True)
 
@@ -28,13 +60,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, which takes its place if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=".ibmd-", suffix=".tmp"))
+    new = _beside(path, ".tmp")
+    new.mkdir()
     old = new.with_suffix(".old")
     try:
         yield new
         for file in new.rglob("*"):
             _sync(file)
-        new.chmod(0o777 & ~_umask())
         if path.exists():
             path.rename(old)
         new.rename(path)
@@ -46,15 +78,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".ibmd-{secrets.token_hex(6)}{suffix}")
+
+
+def _name(new: Path, path: Path) -> None:
+    """Give a file a name that no file has; it keeps its own, too, where the file system knows links."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        new.rename(path)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

@@ -4,9 +4,10 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ibmd_cli.decoding import MAX_PIXELS, read_picture, shown
 from ibmd_cli.errors import IbmdError
+from ibmd_cli.files import why
 
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")
 """Endings of the names that count as images when a folder is searched."""
@@ -47,7 +49,7 @@ def find_images(
     """
 
     def refuse(error: OSError) -> None:
-        raise IbmdError(f"{shown(error.filename)}: cannot be listed ({error.strerror}): check its permissions")
+        raise IbmdError(f"{shown(error.filename)}: cannot be listed {why(error)}")
 
     on_error = on_error or refuse
     if not os.path.isdir(path):
@@ -60,6 +62,50 @@ def find_images(
         images = (f for f in sorted(files) if not f.startswith(".") and not WRITTEN.search(f))
         found += [file for f in images if _is_image(file := Path(here, f), on_error)]
     return found
+
+
+def find_matches(pattern: str, on_error: Callable[[OSError], None]) -> tuple[Path, list[Path]]:
+    """Find files and folders by a pattern with `*`, `?`, `[…]`, and `**` for any number of folders.
+
+    Hidden ones, unless their part of the pattern begins with a dot, links to folders, and what `ibmd sample` wrote
+    beside its inputs are passed over, as in `find_images`; so links that go round in a circle do no harm.
+
+    Args:
+        pattern: path.
+        on_error: told of folders that cannot be looked at.
+
+    Returns:
+        The folder that the pattern begins with, and what matches, sorted.
+    """
+    parts = PurePath(pattern).parts
+    wild = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    folder = Path(*parts[:wild])
+    return folder, sorted(set(_matches(folder, parts[wild:], on_error))) if wild < len(parts) else []
+
+
+def _matches(folder: Path, parts: Sequence[str], on_error: Callable[[OSError], None]) -> Iterator[Path]:
+    part, rest = parts[0], parts[1:]
+    deep = part == "**"
+    if deep:
+        yield from _matches(folder, rest or ("*",), on_error)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        on_error(error)
+        return
+    for name in names:
+        path, hidden = folder / name, name.startswith(".") and not part.startswith(".")
+        is_folder = os.path.isdir(path)
+        if hidden or not fnmatchcase(name, part) or WRITTEN.search(name) or (is_folder and path.is_symlink()):
+            continue
+        if deep and is_folder:
+            yield from _matches(path, parts, on_error)
+        elif not deep and not rest:
+            yield path
+        elif not deep and is_folder:
+            yield from _matches(path, rest, on_error)
 
 
 def _is_image(file: Path, on_error: Callable[[OSError], None]) -> bool:

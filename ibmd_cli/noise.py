@@ -5,12 +5,13 @@ resumed run draws what an uninterrupted one draws, and the noise of an image doe
 are drawn on the CPU: every device sees the same ones.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
+
+from ibmd_cli.normals import seed_of
 
 Streams = torch.Generator | Sequence[torch.Generator]
 """One random stream for a whole batch, or one for each image."""
@@ -21,8 +22,7 @@ Noise = Streams | Tensor | Sequence[Tensor] | Callable[[int], Tensor] | None
 
 def stream(seed: int, *place: int | str) -> torch.Generator:
     """Return the random stream of a place, e.g. `stream(seed, "student", step, micro_batch, process)`."""
-    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.Generator().manual_seed(seed_of(seed, *place))
 
 
 def randn(shape: Sequence[int], rng: Streams) -> Tensor:

@@ -3,62 +3,79 @@
 Processes that were started together (`torchrun`, `accelerate launch`: RANK and WORLD_SIZE) take every WORLD_SIZE-th
 input. Commands that were started apart with `--on-exists skip` claim each output before they begin with it, by a
 locked file `.ibmd-….claim` beside it. The system releases the lock when its process ends in whatever way, so
-what a killed process left is done by the next. (Without such locks, on Windows, nothing is claimed.)
+what a killed process left is done by the next. Without such locks (Windows, some network folders) nothing is claimed:
+then two such commands may do an image twice, with the same result.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
+from typing import Any
 
-import torch
 import torch.distributed as dist
+
+from ibmd_cli.errors import UsageError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-Total = Callable[[Sequence[int]], list[int]]
+Gather = Callable[[Any], list[Any]]
 
 
 def place() -> tuple[int, int]:
-    """Return the number of this process and how many there are: (0, 1) for one that was started alone."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of this process and how many there are: (0, 1) for one that was started alone.
+
+    Raises:
+        UsageError: RANK and WORLD_SIZE do not say so.
+    """
+    process, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (process.isdecimal() and processes.isdecimal() and int(process) < int(processes)):
+        raise UsageError(f"RANK={process} and WORLD_SIZE={processes}: expected 0 ≤ RANK < WORLD_SIZE; or unset both")
+    return int(process), int(processes)
 
 
 @contextmanager
-def company() -> Iterator[Total]:
-    """Give a function that adds up numbers over the processes of a launcher. All must call it; it waits for the last.
+def company() -> Iterator[Gather]:
+    """Give a function that lists what the processes of a launcher say, by their numbers; it waits for the last.
 
-    The first process gets the sums, the others zeros: it alone reports failures, and at the end, since a launcher stops
-    all processes as soon as one of them does. Processes that no launcher connects each keep their own numbers.
+    All must call it, and the first reports for all at the end, since a launcher stops all processes as soon as one of
+    them fails. A process that no launcher connects to others gets what it said itself.
     """
-    process, processes = place()
+    _, processes = place()
     if processes == 1 or "MASTER_ADDR" not in os.environ:
-        yield list
+        yield lambda value: [value]
         return
 
-    def total(values: Sequence[int]) -> list[int]:
-        sums = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(sums)
-        return [int(v) if process == 0 else 0 for v in sums]
+    def gather(value: Any) -> list[Any]:
+        values = [None] * processes
+        dist.all_gather_object(values, value)
+        return values
 
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
-        yield total
+        yield gather
     finally:
         dist.destroy_process_group()
 
 
 class Claims:
-    """The outputs that this process is working on."""
+    """The outputs that this process is working on.
 
-    def __init__(self) -> None:
+    Args:
+        warn: told once if the file system has no locks.
+    """
+
+    def __init__(self, warn: Callable[[str], None] = warnings.warn) -> None:
         self.held: dict[Path, int] = {}
+        self.warn, self.locks, self.saying = warn, fcntl is not None, Lock()
 
     def __enter__(self) -> "Claims":
         return self
@@ -69,20 +86,24 @@ class Claims:
 
     def take(self, output: Path) -> bool:
         """Claim an output, unless it exists or another process has claimed it."""
-        if fcntl is None:
-            return not os.path.lexists(output)
-        file = _file(output)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(handle), os.stat(file))  # not given back since it was opened
-        except OSError:
-            mine = False
-        if not mine:
-            os.close(handle)
-            return False
-        self.held[output] = handle
+        if self.locks and not os.path.lexists(output):
+            file = _file(output)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = os.path.samestat(os.fstat(handle), os.stat(file))  # not given back since it was opened
+            except (BlockingIOError, FileNotFoundError):
+                mine = False
+            except OSError as error:
+                file.unlink(missing_ok=True)
+                os.close(handle)
+                self._do_without(output.parent, error)
+                return not os.path.lexists(output)
+            if not mine:
+                os.close(handle)
+                return False
+            self.held[output] = handle
         if os.path.lexists(output):
             self.give_back(output)
             return False
@@ -94,6 +115,15 @@ class Claims:
         if handle is not None:
             _file(output).unlink(missing_ok=True)
             os.close(handle)
+
+    def _do_without(self, folder: Path, error: OSError) -> None:
+        with self.saying:
+            if self.locks:
+                self.warn(
+                    f"{folder}: files cannot be locked here ({error.strerror}): another run on the same files "
+                    "may do some of them, too"
+                )
+            self.locks = False
 
 
 def _file(output: Path) -> Path:

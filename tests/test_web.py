@@ -195,16 +195,14 @@ def test_another_runtime_is_refused(small_runtime: dict[str, bytes], cache: Path
 @pytest.fixture(scope="module")
 def page(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of the embedded student."""
-    from ibmd_cli.onnx_graphs import export_onnx
+    from ibmd_cli.export import Exporter, make_config
 
-    folder = tmp_path_factory.mktemp("web")
-    model = folder / "student.onnx"
-    export_onnx(student, model, dtype="fp16")  # as the embedded weights are
-    try:
-        write_page(student, model, folder / "page.html")
+    file = tmp_path_factory.mktemp("web") / "page.html"
+    try:  # fp16, as the embedded weights are
+        Exporter("builtin:outline2emoji").export(make_config("builtin:outline2emoji", file, "web", "fp16"))
     except NotAvailable as error:
         pytest.skip(str(error))
-    return folder / "page.html"
+    return file
 
 
 class Shown:
