@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -152,23 +153,39 @@ def distill(
         typer.echo(json.dumps({"schema": 1, "student": str(student)}) if as_json else str(student))
 
 
+_panels = ("Inputs", "Outputs", "Model", "Size and transparency", "Run")
+_input, _output, _model, _size, _run = (partial(typer.Option, rich_help_panel=panel) for panel in _panels)
+
+
 @app.command(
     epilog="Example: ibmd sample --input drawing.png\n\n"
     "Example: ibmd sample --input drawings/ --recursive --output coloured/ --variants 4 --grid sheet.png\n\n"
     "Example: ibmd sample --input - < drawing.png > coloured.png\n\n"
-    "Example: find . -name '*.png' -print0 | ibmd sample --files-from - -0 --output coloured/"
+    "Example: find . -name '*.png' -print0 | ibmd sample --files-from - -0 --output coloured/\n\n"
+    "Example: ibmd sample --input drawing.png --student hf://OWNER/REPO"
 )
 def sample(
     more: Annotated[list[str] | None, typer.Argument(metavar="PATH", help="More inputs.")] = None,
     inputs: Annotated[
         list[str] | None,
-        typer.Option(
-            "--input", "-i", metavar="PATH", help="File, folder, glob, or - for an image on stdin (repeatable)."
-        ),
+        _input("--input", "-i", metavar="PATH", help="File, folder, glob, or - for an image on stdin (repeatable)."),
+    ] = None,
+    files_from: Annotated[str | None, _input(metavar="FILE", help="A list of paths, one a line; - for stdin.")] = None,
+    null: Annotated[bool, _input("--null", "-0", metavar="", help="Its paths end in NUL.")] = False,
+    recursive: Annotated[bool, _input("--recursive", "-r", metavar="", help="Search folders in folders, too.")] = False,
+    max_pixels: Annotated[int, _input(min=1, metavar="N", help="Refuse larger images.")] = 100_000_000,
+    degrade: Annotated[
+        str | None, _input(metavar="NAME", help="They are clean: degrade them first, e.g. jpeg-10.")
+    ] = None,
+    mask: Annotated[
+        str | None, _input(metavar="PATH", help="Hole (white) for inpainting: file, folder of files, or center.")
+    ] = None,
+    label: Annotated[
+        str | None, _input(metavar="N|FILE", help="Class, or a CSV file of PATH,CLASS, for models with classes.")
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(
+        _output(
             "--output",
             "-o",
             metavar="PATH",
@@ -176,69 +193,69 @@ def sample(
             show_default="NAME.ibmd.png beside the input",
         ),
     ] = None,
-    files_from: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A list of paths, one a line; - for stdin.")
-    ] = None,
-    null: Annotated[bool, typer.Option("--null", "-0", help="The paths of that list end in NUL.")] = False,
-    print0: Annotated[bool, typer.Option("--print0", help="End the paths on stdout in NUL, for xargs -0.")] = False,
-    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Search folders in folders, too.")] = False,
     on_exists: Annotated[
         Literal["error", "skip", "overwrite"],
-        typer.Option(help="If an output exists. skip continues an interrupted run, also beside others that do."),
+        _output(help="If an output exists. skip continues an interrupted run, also beside others that do."),
     ] = "error",
+    variants: Annotated[int, _output(min=1, metavar="N", help="Pictures per input: NAME.ibmd.1.png, …")] = 1,
+    grid: Annotated[str | None, _output(metavar="FILE", help="Contact sheet of sources and results.")] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="png, jpg, webp, tiff, bmp or avif.", show_default="by the output's name, or png"),
+        _output(metavar="NAME", help="png, jpg, webp, tiff, bmp or avif.", show_default="by the output's name, or png"),
     ] = None,
     quality: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=100, help="Of jpg, webp and avif.", show_default="95 for jpg, lossless webp, 90 for avif"
+        _output(
+            min=1,
+            max=100,
+            metavar="1-100",
+            help="Of jpg, webp and avif.",
+            show_default="95 for jpg, lossless webp, 90 for avif",
         ),
     ] = None,
+    as_json: Annotated[bool, _output("--json", metavar="", help="A line of JSON for each picture.")] = False,
+    print0: Annotated[
+        bool, _output("--print0", metavar="", help="End the paths on stdout in NUL, for xargs -0.")
+    ] = False,
     student: Annotated[
         str | None,
-        typer.Option(help="Student: builtin:NAME, a model folder or a run folder.", show_default=DEFAULT),
+        _model(
+            metavar="REF",
+            help="builtin:NAME, hf://OWNER/REPO, a model folder, a run folder, or a file that ibmd export wrote.",
+            show_default=DEFAULT,
+        ),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Translate with this teacher instead, to compare.")] = None,
-    preset: Preset = None,
+    teacher: Annotated[
+        str | None, _model(metavar="REF", help="Translate with this teacher instead, to compare.")
+    ] = None,
+    preset: Annotated[
+        str | None, _model(metavar="ALIAS", help="The published teacher that a file of --teacher is.")
+    ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="Of the teacher: ddbm, dbim or i2sb.", show_default="the teacher's own")
+        str | None, _model(metavar="NAME", help="Of the teacher: ddbm, dbim or i2sb.", show_default="the teacher's own")
     ] = None,
     sampler_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the sampler, e.g. eta=0 (repeatable).")
+        list[str] | None, _model(metavar="KEY=VALUE", help="Of the sampler, e.g. eta=0 (repeatable).")
     ] = None,
-    nfe: Annotated[int | None, typer.Option(min=1, help="Network calls per image.", show_default="the model's")] = None,
-    label: Annotated[
-        str | None, typer.Option(metavar="N|FILE", help="Class, or a CSV file of PATH,CLASS, for models with classes.")
+    nfe: Annotated[
+        int | None, _model(min=1, metavar="N", help="Network calls per image.", show_default="the model's")
     ] = None,
-    mask: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Hole (white) for inpainting: file, folder of files, or center."),
-    ] = None,
-    degrade: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Inputs are clean: degrade them first, e.g. jpeg-10.")
-    ] = None,
-    alpha: Annotated[
-        Literal["white", "keep", "drop"], typer.Option(help="Transparency: lay on white, keep, or leave out.")
-    ] = "white",
-    variants: Annotated[int, typer.Option(min=1, help="Pictures per input: NAME.ibmd.1.png, …")] = 1,
+    seed: Annotated[int, _model(envvar="IBMD_SEED", metavar="N", help="Seed of all randomness.")] = 0,
     fit: Annotated[
         Literal["pad", "stretch", "crop", "tile"],
-        typer.Option(help="How an input becomes the model's square. tile: many squares, for restoration."),
+        _size(help="How an input becomes the model's square. tile: many squares, for restoration."),
     ] = "pad",
     restore_size: Annotated[
-        bool, typer.Option("--restore-size", help="Give results the size of their inputs.")
+        bool, _size("--restore-size", metavar="", help="Give results the size of their inputs.")
     ] = False,
-    grid: Annotated[str | None, typer.Option(metavar="FILE", help="Contact sheet of sources and results.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time on a GPU.")] = 16,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse larger inputs.")] = 100_000_000,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first image that fails.")] = False,
-    device: Device = "auto",
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    alpha: Annotated[
+        Literal["white", "keep", "drop"], _size(help="Transparency: lay on white, keep, or leave out.")
+    ] = "white",
+    batch_size: Annotated[int, _run(min=1, metavar="N", help="Images at a time on a GPU.")] = 16,
+    device: Annotated[str, _run(envvar="IBMD_DEVICE", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    fail_fast: Annotated[bool, _run("--fail-fast", metavar="", help="Stop at the first image that fails.")] = False,
+    quiet: Annotated[bool, _run("--quiet", "-q", metavar="", help="No progress and no notes.")] = False,
+    debug: Annotated[bool, _run("--debug", envvar="IBMD_DEBUG", metavar="", help="Show tracebacks.")] = False,
 ) -> None:
     """Translate images with a student, in one step. A picture depends on its name and the seed alone.
 
@@ -495,14 +512,14 @@ def main() -> None:
     try:
         app()
     except IbmdError as error:
-        _fail(reporter, str(error), error.exit_code)
+        _fail(reporter, str(error), error.exit_code, told=_led())
     except MemoryError:
         _fail(reporter, "out of memory: lower --batch-size or --micro-batch", 5)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: say nothing more
         sys.exit(1)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(reporter, f"disk full while writing {error.filename or 'a file'}: free some space and run again", 1)
         _fail(reporter, f"{error.filename or 'system'}: {error.strerror or error}", 1)
     except RuntimeError as error:
@@ -513,10 +530,16 @@ def main() -> None:
         _fail(reporter, f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 
-def _fail(reporter: Reporter, message: str, exit_code: int) -> Any:
+def _led() -> bool:
+    """Tell whether this is one of several processes, the first of which says what is wrong with all of them."""
+    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return "MASTER_ADDR" in os.environ and rank.isdecimal() and count.isdecimal() and 0 < int(rank) < int(count)
+
+
+def _fail(reporter: Reporter, message: str, exit_code: int, told: bool = False) -> Any:
     if "--debug" in sys.argv or os.environ.get("IBMD_DEBUG", "") not in ("", "0"):
         raise  # noqa: PLE0704 (always called while an exception is handled)
-    if os.environ.get("RANK", "0") == "0":  # once, of several processes
+    if not told:
         reporter.error(message)
     sys.exit(exit_code)
 

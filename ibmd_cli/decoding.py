@@ -28,6 +28,7 @@ from ibmd_cli.files import why
 
 MAX_PIXELS = 100_000_000
 AT_ONCE = 32_000_000  # pixels that threads decode, or encode, at the same time: about ten bytes for each
+BLOCK = 1 << 30  # bytes
 READABLE = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
 ORIENTATION, ARTIST, COPYRIGHT = 0x0112, 0x013B, 0x8298  # EXIF tags
 _TURNS = {
@@ -179,15 +180,21 @@ def _convert(image: Image.Image, name: str, alpha: str) -> Picture:
 
 @contextmanager
 def own_limits() -> Iterator[None]:
-    """Turn off Pillow's own pixel limit and its warnings: they are global, so only a program may do this."""
-    limit = Image.MAX_IMAGE_PIXELS
+    """Turn off Pillow's own pixel limit and its warnings: they are global, so only a program may do this.
+
+    And let it take the memory of an image in one block: from 32 MB on, the system has it back at once when the image is
+    gone. The blocks of 16 MB that it takes otherwise, each thread keeps for later.
+    """
+    limit, block = Image.MAX_IMAGE_PIXELS, Image.core.get_block_size()
     Image.MAX_IMAGE_PIXELS = None
+    Image.core.set_block_size(BLOCK)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.|ibmd_cli\.decoding")
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+        Image.core.set_block_size(block)
 
 
 def _colours(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:

@@ -1,24 +1,26 @@
 r"""What `ibmd sample` is to do: which pictures are made from which inputs, and where they go.
 
 Inputs, by rule: folders are searched for names that end as images do, hidden ones, links to folders, and what is no
-regular file passed over; a path that is given by itself, or in a list, is taken whatever its name. Names are bytes,
-and need not be UTF-8: on stdout they are what they were, and in JSON a byte that is not UTF-8 is `\udcXX`.
+regular file passed over; so do globs pass over hidden names and links to folders. A path that is given by itself, or in
+a list, or that a glob matches, is taken whatever its ending. Names are bytes, and need not be UTF-8: on stdout they are
+what they were, and in JSON a byte that is not UTF-8 is `\udcXX`.
 """
 
-import glob
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from PIL import Image
 
 from ibmd_cli.decoding import MAX_PIXELS, shown
 from ibmd_cli.encoding import LOSSY, OPAQUE, WRITABLE
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.images import WRITTEN, find_images
+from ibmd_cli.files import why
+from ibmd_cli.images import find_images, find_matches
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,10 @@ class SampleConfig:
             raise UsageError("no input: give files, folders or globs, or - for an image on stdin: --input drawing.png")
         if "-" in self.inputs and self.files_from == "-":
             raise UsageError("--input - and --files-from -: stdin is an image or a list; give the list as a file")
-        if "-" in self.inputs and sys.stdin.isatty():
-            raise UsageError("--input -: stdin is a terminal; pipe an image in: ibmd sample --input - < drawing.png")
-        if self.files_from == "-" and sys.stdin.isatty():
-            raise UsageError("--files-from -: stdin is a terminal; pipe paths in: find . -print0 | ibmd sample …")
+        if "-" in self.inputs and (kind := _no_pipe(sys.stdin)):
+            raise UsageError(f"--input -: stdin is {kind}; pipe an image in: ibmd sample --input - < drawing.png")
+        if self.files_from == "-" and (kind := _no_pipe(sys.stdin)):
+            raise UsageError(f"--files-from -: stdin is {kind}; pipe paths in: find . -print0 | ibmd sample …")
         if self.null and self.files_from is None:
             raise UsageError("--null: says how the list of --files-from is separated; for paths on stdout: --print0")
         if self.student is not None and self.teacher is not None:
@@ -107,8 +109,10 @@ class SampleConfig:
                 raise UsageError(f"--{option.replace('_', '-').rstrip('s')}: is for a teacher; give --teacher, too")
         if self.to_stdout and self.as_json:
             raise UsageError("--json: image bytes already go to stdout; give --output FILE")
-        if self.to_stdout and sys.stdout.isatty():
-            raise UsageError("stdout is a terminal: expected a file for the image bytes; give --output FILE")
+        if self.print0 and self.as_json:
+            raise UsageError("--print0: ends paths in NUL, and --json prints none; leave one of them out")
+        if self.to_stdout and (kind := _no_pipe(sys.stdout)):
+            raise UsageError(f"stdout is {kind}: expected a file for the image bytes; give --output FILE")
         self._check_format()
 
     def _check_format(self) -> None:
@@ -145,6 +149,11 @@ class SampleConfig:
         return self.output == "-" or (self.output is None and "-" in self.inputs)
 
 
+def _no_pipe(stream: TextIO | None) -> str:
+    """Say why a stream can carry no bytes; nothing if it can."""
+    return "closed" if stream is None else "a terminal" if stream.isatty() else ""
+
+
 class Source(NamedTuple):
     """An image to read: its file (None: stdin), and its path below the folder or glob that found it."""
 
@@ -164,13 +173,21 @@ class Job(NamedTuple):
     output: Path | None
 
 
+class Problem(NamedTuple):
+    """An input, or an output's folder, that cannot be used, the pictures that are not made for that, and the reason."""
+
+    text: str
+    jobs: list[Job]
+    error: IbmdError
+
+
 @dataclass
 class Plan:
-    """The pictures to make, those that exist already, and the inputs that are not there with the reasons."""
+    """The pictures to make, those that exist already, and what is in the way of others."""
 
     jobs: list[Job] = field(default_factory=list)
     skipped: list[Job] = field(default_factory=list)
-    problems: list[tuple[str, IbmdError]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Plan:
@@ -186,7 +203,7 @@ def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Pla
 
     Raises:
         UsageError: two outputs are one, an output is an input, or `--output` does not go with the inputs.
-        IbmdError: an output exists, with `on_exists="error"`.
+        IbmdError: an output exists, with `on_exists="error"`; or the contact sheet cannot be written.
     """
     plan = Plan()
     sources = list(_find(config, plan.problems))
@@ -206,25 +223,49 @@ def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Pla
     if config.on_exists == "skip":
         plan.skipped = [job for job in jobs if job in there]
         jobs = [job for job in jobs if job not in there]
-    plan.jobs = jobs
     if process > 0:
         plan.problems = []  # the first tells them
+    plan.jobs = list(_writable(jobs, plan.problems))
+    if config.grid is not None and (error := _probe(Path(config.grid).parent)):
+        raise error
     return plan
 
 
-def _find(config: SampleConfig, problems: list[tuple[str, IbmdError]]) -> Iterator[Source]:
+def _writable(jobs: Sequence[Job], problems: list[Problem]) -> Iterator[Job]:
+    """Yield the jobs whose outputs can be written, before time is spent on the others, and note their folders."""
+    folders: dict[Path, list[Job]] = {}
+    for job in jobs:
+        folders.setdefault(Path(str(job.output)).parent, []).append(job)
+    errors = {folder: error for folder in folders if (error := _probe(folder))}
+    problems += [Problem(str(folder), folders[folder], error) for folder, error in errors.items()]
+    yield from (job for job in jobs if Path(str(job.output)).parent not in errors)
+
+
+def _probe(folder: Path) -> IbmdError | None:
+    """Tell why no file can be written to a folder, or to the one above it where it is to be made."""
+    above = folder
+    while not os.path.lexists(above) and above != above.parent:
+        above = above.parent
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        return IbmdError(f"{shown(folder)}: cannot be written to {why(error)}")
+    return None
+
+
+def _find(config: SampleConfig, problems: list[Problem]) -> Iterator[Source]:
     """Yield the sources of each input in turn, and note inputs that have none."""
     for text in config.inputs:
         if text == "-":
             yield Source(None, "stdin")
             continue
-        base, matches = None, [text]
+        base, matches, before = None, [Path(text)], len(problems)
         if not os.path.lexists(text):
-            matches = sorted(m for m in glob.glob(text, recursive=True) if not WRITTEN.search(m))
-            base = _fixed_part(text)
-        if not matches:
-            problems.append((text, IbmdError(f"{shown(text)}: no such file or folder, and nothing matches it")))
-        for path in map(Path, matches):
+            base, matches = find_matches(text, _unlisted(problems))
+        if not matches and len(problems) == before:
+            missing = IbmdError(f"{shown(text)}: no such file or folder, and nothing matches it")
+            problems.append(Problem(text, [], missing))
+        for path in matches:
             root = base or (path if os.path.isdir(path) else path.parent)
             found = _images(path, config, problems)
             yield from (Source(file, file.relative_to(root).as_posix()) for file in found)
@@ -234,18 +275,25 @@ def _find(config: SampleConfig, problems: list[tuple[str, IbmdError]]) -> Iterat
         yield from (Source(file, file.relative_to(root).as_posix()) for file in _images(path, config, problems))
 
 
-def _images(path: Path, config: SampleConfig, problems: list[tuple[str, IbmdError]]) -> list[Path]:
+def _images(path: Path, config: SampleConfig, problems: list[Problem]) -> list[Path]:
     """List the images that a path stands for, and note if there are none."""
-
-    def unreadable(error: OSError) -> None:
-        problems.append((error.filename, IbmdError(f"{shown(error.filename)}: cannot be listed ({error.strerror})")))
-
     before = len(problems)
-    found = find_images(path, config.recursive, Path(config.output) if config.output else None, unreadable)
+    output = Path(config.output) if config.output else None
+    found = find_images(path, config.recursive, output, _unlisted(problems))
     if not found and len(problems) == before:
         deeper = "" if config.recursive else "; --recursive searches the folders in it"
-        problems.append((str(path), IbmdError(f"{shown(path)}: no images in this folder{deeper}")))
+        problems.append(Problem(str(path), [], IbmdError(f"{shown(path)}: no images in this folder{deeper}")))
     return found
+
+
+def _unlisted(problems: list[Problem]) -> Callable[[OSError], None]:
+    """Return what notes a folder that cannot be searched, or a file that cannot be looked at."""
+
+    def note(error: OSError) -> None:
+        message = IbmdError(f"{shown(error.filename)}: cannot be listed {why(error)}")
+        problems.append(Problem(error.filename, [], message))
+
+    return note
 
 
 def _listed(config: SampleConfig) -> Iterator[Path]:
@@ -255,17 +303,11 @@ def _listed(config: SampleConfig) -> Iterator[Path]:
     try:
         content = sys.stdin.buffer.read() if config.files_from == "-" else Path(config.files_from).read_bytes()
     except OSError as error:
-        raise UsageError(f"--files-from {shown(config.files_from)}: cannot be read ({error.strerror})") from error
+        raise UsageError(f"--files-from {shown(config.files_from)}: cannot be read {why(error)}") from error
     if not config.null and b"\0" in content:
         raise UsageError(f"--files-from {shown(config.files_from)}: paths end in NUL: add --null")
-    lines = content.split(b"\0") if config.null else content.splitlines()
+    lines = content.split(b"\0") if config.null else [line.removesuffix(b"\r") for line in content.split(b"\n")]
     yield from (Path(os.fsdecode(line)) for line in lines if line)
-
-
-def _fixed_part(pattern: str) -> Path:
-    parts = PurePath(pattern).parts
-    wild = (i for i, part in enumerate(parts) if set(part) & set("*?["))
-    return Path(*parts[: next(wild, len(parts))])
 
 
 def _check_output(sources: Sequence[Source], config: SampleConfig) -> None:
@@ -275,7 +317,8 @@ def _check_output(sources: Sequence[Source], config: SampleConfig) -> None:
     if config.to_stdout:
         if len(sources) > 1 or config.variants > 1:
             raise UsageError(
-                f"{len(sources)} images, {config.variants} variants: stdout takes one picture; give --output FOLDER/"
+                f"{_count(len(sources), 'image')}, {_count(config.variants, 'variant')}: "
+                "stdout takes one picture; give --output FOLDER/"
             )
     elif config.output is not None:
         output, name = Path(config.output), shown(config.output)
@@ -286,6 +329,10 @@ def _check_output(sources: Sequence[Source], config: SampleConfig) -> None:
             raise UsageError(f"--output {name}: expected a name with {endings}, or a folder with / at its end")
         elif len(set(sources)) > 1:
             raise UsageError(f"--output {name}: one file for {len(sources)} images; give a folder with / at its end")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _is_folder(output: str) -> bool:
@@ -316,11 +363,17 @@ def _unique(jobs: Sequence[Job]) -> list[Job]:
         if place in inputs:
             raise UsageError(f"{source}: its output {output} is an input, too; give another --output")
         if other.variant != job.variant or not _same(other.source, job.source):
-            raise UsageError(
-                f"{first} and {source} would both become {output}; "
-                f"translate them in two runs with different --output, or give the folder above them as --input"
-            )
+            raise UsageError(f"{first} and {source} would both become {output}; {_apart(other.source, job.source)}")
     return list(makers.values())
+
+
+def _apart(one: Source, other: Source) -> str:
+    """Say what keeps the outputs of two inputs apart."""
+    one_path, path = Path(str(one)), Path(str(other))
+    if one_path.parent == path.parent and one_path.suffix != path.suffix:
+        kinds = " and ".join(f"--input '{shown(path.parent / f'*{end}')}'" for end in (one_path.suffix, path.suffix))
+        return f"rename one, or make a run for each kind, {kinds}, with different --output"
+    return "translate them in two runs with different --output, or give the folder above them as --input, --recursive"
 
 
 def _check_grid(jobs: Sequence[Job], config: SampleConfig) -> list[str]:

@@ -1,8 +1,9 @@
 """The log of a run, `metrics.jsonl`: a line for each student update, and the signs of trouble that are seen in it.
 
 The student's loss is the teacher's error less the bridge model's, on the student's images. At the bridge model's
-optimum it cannot be negative (arXiv:2502.01362v2, Thm 3.4). So its average, negative and in units of the bridge
-model's error, tells how far the bridge model lags behind; and a student that follows a lagging one loses its diversity.
+optimum it cannot be negative (arXiv:2502.01362v2, Eq. 10). So its average, negated and in units of the bridge model's
+error, tells by how much at least the bridge model lags behind. (A bridge model that does not move at all shows no lag:
+it is the teacher.) A student that follows a lagging one may lose its diversity, which previews measure.
 """
 
 import json

@@ -61,6 +61,11 @@ class UNetConfig:
             raise ValueError(f"attention_order {self.attention_order!r}: expected new or legacy")
 
 
+SCRATCH_BYTES = 32 << 20
+"""oneDNN reorders weights into a scratch at each call. glibc maps more than this anew each time, page by page; in parts,
+1536 → 768 channels at 8×8 took 7 ms in place of 18."""
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
     """Convolve with stride 1, in float32 on the CPU always by oneDNN.
 
@@ -79,7 +84,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     # torch.compile and torch.export cannot trace mkldnn_convolution.
     if plain and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(x, weight, bias, (padding, padding), (1, 1), (1, 1), 1)
+        parts = 1 + weight.nbytes // SCRATCH_BYTES
+        biases = [None] * parts if bias is None else bias.chunk(parts)
+        made = [
+            torch.mkldnn_convolution(x, w, b, (padding, padding), (1, 1), (1, 1), 1)
+            for w, b in zip(weight.chunk(parts), biases, strict=True)
+        ]
+        return made[0] if parts == 1 else torch.cat(made, dim=1)
     return F.conv2d(x, weight, bias, padding=padding)
 
 

@@ -5,39 +5,47 @@ import io
 import os
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import NamedTuple
 
 from PIL import Image
 
 from ibmd_cli.decoding import Picture, decode, read_picture, shown
 from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.files import why
 from ibmd_cli.jobs import Job, SampleConfig, Source
 from ibmd_cli.sharing import Claims
 from ibmd_cli.sheets import thumbnail
 from ibmd_cli.translating import Piece, Translator
 
 
-class Task(NamedTuple):
-    """What is to become of a translated piece: its job, and what the input says beside its pixels."""
-
-    job: Job
-    dpi: tuple[float, float] | None
-    credits: dict[int, str]
-    thumbnail: Image.Image | None
-
-
+@dataclass
 class Read:
-    """An input that was read, or why it was not; with a task for each of its jobs."""
+    """An input that was read, or why it was not.
 
-    def __init__(self, source: Source, jobs: list[Job]) -> None:
-        self.source, self.jobs = source, jobs
-        self.tasks: list[Task] = []
-        self.skipped: list[Job] = []
-        self.piece: Piece | None = None
-        self.error: IbmdError | None = None
-        self.several = False
-        self.seconds = 0.0
+    Attributes:
+        source: where it is.
+        jobs: the pictures to make of it.
+        skipped: those that another process is making or has made.
+        piece: it, fitted for the model; None if it was not read.
+        error: why not.
+        several: whether there are more frames or pages.
+        dpi: see `decoding.Picture`.
+        credits: see `decoding.Picture`.
+        thumbnail: for the contact sheet, if there is to be one.
+        seconds: spent on it.
+    """
+
+    source: Source
+    jobs: list[Job]
+    skipped: list[Job] = field(default_factory=list)
+    piece: Piece | None = None
+    error: IbmdError | None = None
+    several: bool = False
+    dpi: tuple[float, float] | None = None
+    credits: dict[int, str] = field(default_factory=dict)
+    thumbnail: Image.Image | None = None
+    seconds: float = 0.0
 
 
 class Inputs:
@@ -60,7 +68,7 @@ class Inputs:
         if self.mask not in (None, "center") and not os.path.exists(str(self.mask)):
             raise UsageError(f"--mask {shown(str(self.mask))}: no such file or folder")
 
-    def read(self, group: tuple[Source, list[Job]], claims: Claims) -> "Read":
+    def read(self, group: tuple[Source, list[Job]], claims: Claims) -> Read:
         """Read one input for its jobs, without those that another process is doing or has done."""
         began = time.monotonic()
         source, jobs = group
@@ -71,9 +79,8 @@ class Inputs:
                 read.skipped = [job for job in jobs if job not in read.jobs]
             if read.jobs:
                 picture = self._picture(source.path)
-                read.several = picture.several
-                small = thumbnail(picture.rgb) if self.config.grid else None
-                read.tasks = [Task(job, picture.dpi, picture.credits, small) for job in read.jobs]
+                read.several, read.dpi, read.credits = picture.several, picture.dpi, picture.credits
+                read.thumbnail = thumbnail(picture.rgb) if self.config.grid else None
                 mask, label = self._mask(source, picture), self._label(source)
                 read.piece = self.translator.prepare(picture, PurePath(source.name).name, mask, label)
         except IbmdError as error:
@@ -126,7 +133,7 @@ def _claim(claims: Claims, output: Path) -> bool:
     try:
         return claims.take(output)
     except OSError as error:
-        raise IbmdError(f"{shown(output)}: cannot be written ({error.strerror})") from error
+        raise IbmdError(f"{shown(output)}: cannot be written {why(error)}") from error
 
 
 def _labels(label: str | None) -> int | dict[str, int] | None:
@@ -137,6 +144,6 @@ def _labels(label: str | None) -> int | dict[str, int] | None:
         with open(label, newline="", encoding="utf-8", errors="surrogateescape") as file:
             return {path: int(number) for path, number in csv.reader(file)}
     except OSError as error:
-        raise UsageError(f"--label {shown(label)}: not a class, and no file ({error.strerror})") from error
+        raise UsageError(f"--label {shown(label)}: not a class, and no file {why(error)}") from error
     except ValueError as error:
         raise UsageError(f"--label {shown(label)}: expected lines PATH,CLASS ({error})") from error

@@ -19,7 +19,8 @@ def is_plain(stream: TextIO | None = None) -> bool:
     """Tell whether `stream` (stderr, unless given) must get no escape codes."""
     environ = os.environ
     asked = environ.get("TERM") == "dumb" or "NO_COLOR" in environ or environ.get("CI", "") not in ("", "0", "false")
-    return asked or not (stream or sys.stderr).isatty()
+    stream = stream or sys.stderr
+    return asked or stream is None or not stream.isatty()  # None: closed
 
 
 class Reporter:

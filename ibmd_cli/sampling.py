@@ -1,47 +1,50 @@
 """Translate image files: read, translate and write them, all three at the same time, and report on each.
 
 Threads read ahead of the network and write behind it, never more than a few batches, so memory does not grow with the
-number of files. Results are reported in the order of the inputs.
+number of files. Pictures are reported in the order of their inputs, as soon as they are written; what cannot be read,
+or is done by another run, as soon as its turn has come to enter the network.
 """
 
-import errno
 import json
+import math
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
 from ibmd_cli import __version__
-from ibmd_cli.decoding import own_limits, shown
+from ibmd_cli.decoding import Budget, own_limits, shown
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.encoding import SOFTWARE, encode
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.files import atomic_file
-from ibmd_cli.jobs import Job, Plan, SampleConfig, make_plan
+from ibmd_cli.files import FULL, atomic_file, why
+from ibmd_cli.images import Geometry
+from ibmd_cli.jobs import Job, Plan, SampleConfig, Source, make_plan
 from ibmd_cli.models import Student, Teacher, load_model
 from ibmd_cli.programs import ExportedModel
 from ibmd_cli.reading import Inputs, Read
 from ibmd_cli.reporting import Meter, Reporter
 from ibmd_cli.runners import SUFFIXES, load_exported
-from ibmd_cli.sharing import Claims, company, place
-from ibmd_cli.sheets import Sheet
+from ibmd_cli.sharing import Claims, Gather, company, place
+from ibmd_cli.sheets import Sheet, thumbnail
 from ibmd_cli.teachers import load_teacher
 from ibmd_cli.translating import Piece, Translator
 
 STUDENT = "builtin:outline2emoji"
 READERS, WRITERS = 4, 16  # threads; those that write mostly wait for the disk, and the disk serves many at once
-In = TypeVar("In")
-Out = TypeVar("Out")
+SLOW = 1.0  # seconds of the network for a picture, from which on it waits until that is written and reported
+Group = tuple[Source, list[Job]]
 
 
 def sample(config: SampleConfig, reporter: Reporter) -> int:
@@ -51,39 +54,57 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
     Processes that were started together share the inputs; the first returns when the last is done.
 
     Returns:
-        Exit code: 0, or 3 if some inputs failed.
+        Exit code: 0; 3 if some inputs failed; 1 if one did and no other was tried (`fail_fast`, or the disk is full).
 
     Raises:
         UsageError: inputs, outputs and settings do not go together; nothing was done.
         NotAvailable: there is no such model.
-        IbmdError: an output exists (nothing was done), or the first failure with `fail_fast`.
+        IbmdError: an output exists; nothing was done.
     """
     process, processes = place()
     if processes > 1 and ("-" in (*config.inputs, config.files_from, config.output) or config.grid):
         raise UsageError("several processes: stdin, stdout and --grid are for one; give files, or start one")
     reporter.quiet = reporter.quiet or process > 0
-    with company() as total:
-        plan = make_plan(config, process, processes)
-        total([0])  # nothing is written before every process has found its outputs free
+    with company() as gather:
+        plan = _agreed_plan(config, process, processes, gather)
         results = _Results(config, reporter)
         try:
             _work(plan, config, results)
         except KeyboardInterrupt:
             reporter.warn(f"interrupted: {results.summary()}; the same command with --on-exists skip does the rest")
             raise
-        results.done, results.skipped, results.failed = total([results.done, results.skipped, results.failed])
+        except _Stop:
+            reporter.note(f"stopped: {results.summary()}")
+            return 1
+        counts = gather((results.done, results.skipped, results.failed))
+    if process > 0 and len(counts) > 1:
+        return 0  # the first tells
+    results.done, results.skipped, results.failed = map(sum, zip(*counts, strict=True))
     reporter.note(results.summary())
     return 3 if results.failed else 0
 
 
+def _agreed_plan(config: SampleConfig, process: int, processes: int, gather: Gather) -> Plan:
+    """Make the plan; nothing is written before every process has, and all fail alike if one cannot."""
+    plan, error = Plan(), None
+    try:
+        plan = make_plan(config, process, processes)
+    except IbmdError as failure:
+        error = failure
+    if errors := [error for error in gather(error) if error is not None]:
+        raise errors[0]
+    return plan
+
+
 def _work(plan: Plan, config: SampleConfig, results: "_Results") -> None:
-    for text, problem in plan.problems:
-        results.fail(text, [], problem)
+    for problem in plan.problems:
+        results.fail(problem.text, problem.jobs, problem.error)
     for job in plan.skipped:
         results.skip(job)
     if not plan.jobs:
         return
-    model = _load(config, results.reporter.quiet)
+    reporter = results.reporter
+    model = _load(config, reporter.quiet)
     translator = Translator(
         model,
         seed=config.seed,
@@ -94,45 +115,74 @@ def _work(plan: Plan, config: SampleConfig, results: "_Results") -> None:
         sampler=config.sampler,
         options=_options(config.sampler_options),
         degradation=config.degrade,
-        warn=results.reporter.warn,
+        warn=reporter.warn,
     )
     inputs = Inputs(config, translator)
     name = config.teacher or config.student or STUDENT
-    results.reporter.note(
+    reporter.note(
         f"{name} on {translator.device}: {translator.nfe} network call{'s' * (translator.nfe > 1)} an image, "
         f"{_size(config, translator)}"
     )
-    several = len(plan.jobs) > 1
-    progress = results.reporter.progress("sample", len(plan.jobs), "images") if several else nullcontext(Meter())
     sheet = Sheet(config.grid) if config.grid and not _keep(config.grid, config, results) else None
-    ahead = 1 if config.fit == "tile" else translator.size + WRITERS  # whole images are large
+    whole = config.fit == "tile" or (config.restore_size and (config.alpha == "keep" or inputs.mask is not None))
+    ahead = 1 if whole else translator.size + WRITERS  # where images keep their own size, few wait at a time
     made_by = f"ibmd {__version__} {shown(name)} nfe={translator.nfe} seed={config.seed}"
-    with own_limits(), Claims() as claims, progress as results.meter:
+    groups = [(source, list(jobs)) for source, jobs in groupby(plan.jobs, key=lambda job: job.source)]
+    waiting: deque[Future[_Outcome]] = deque()
+    with own_limits(), Claims(reporter.warn) as claims, ExitStack() as meters:
+        if len(plan.jobs) > 1:
+            results.meter = meters.enter_context(reporter.progress("sample", len(plan.jobs), "images"))
+
+        def pieces() -> Iterator[Piece]:
+            for piece in _pieces(read, results):
+                if len(plan.jobs) == 1 and len(piece.tiles) > 1:
+                    meter = meters.enter_context(reporter.progress("sample", len(piece.tiles), "tiles"))
+                    translator.advance = meter.advance
+                yield piece
+
         outputs = _Outputs(config, translator, claims, sheet, made_by)
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
             try:
-                groups = [(source, list(jobs)) for source, jobs in groupby(plan.jobs, key=lambda job: job.source)]
-                read = _ahead(readers, partial(inputs.read, claims=claims), groups, ahead)
-                written = _ahead(writers, outputs.write, translator.run(_pieces(read, results)), ahead)
-                for outcome in written:
-                    results.finish(outcome)
+                read = _read_ahead(readers, partial(inputs.read, claims=claims), groups, ahead)
+                for piece in translator.run(pieces()):
+                    waiting.append(writers.submit(outputs.write, piece))
+                    _report(waiting, results, most=0 if piece.seconds > SLOW else ahead)
+                _report(waiting, results, most=0)
+            except (KeyboardInterrupt, _Stop):
+                readers.shutdown(wait=False, cancel_futures=True)
+                writers.shutdown(wait=True, cancel_futures=True)
+                for future in waiting:
+                    if not future.cancelled() and future.exception() is None:
+                        with suppress(_Stop):
+                            results.finish(future.result())
+                raise
             except BaseException:
                 for pool in (readers, writers):
                     pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if sheet is not None and results.done:
-            _put(sheet.encode(), Path(sheet.name))
+            _put(sheet.encode(), Path(sheet.name), config)
 
 
-def _ahead(pool: ThreadPoolExecutor, do: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
-    """Do something for each item in threads, at most `ahead` items before the one that is asked for."""
-    waiting: deque[Future[Out]] = deque()
-    for item in items:
-        waiting.append(pool.submit(do, item))
+def _read_ahead(
+    pool: ThreadPoolExecutor, read: Callable[[Group], Read], groups: Iterable[Group], ahead: int
+) -> Iterator[Read]:
+    """Read inputs in threads, at most `ahead` of them before the one that is asked for."""
+    waiting: deque[Future[Read]] = deque()
+    for group in groups:
+        waiting.append(pool.submit(read, group))
         if len(waiting) > ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def _report(waiting: "deque[Future[_Outcome]]", results: "_Results", most: int) -> None:
+    """Report what is written, in order, and wait while there are more than `most` that are not."""
+    while waiting and (len(waiting) > most or waiting[0].done()):
+        outcome = waiting[0].result()  # may be interrupted, and is still waiting then
+        waiting.popleft()
+        results.finish(outcome)
 
 
 # ------------------------------------------------------------------------------------------------------- model
@@ -186,8 +236,8 @@ def _pieces(read: Iterable[Read], results: "_Results") -> Iterator[Piece]:
         if one.several:
             results.say_once(f"{shown(str(one.source))}: several frames or pages: of such files the first one counts")
         if one.piece is not None:
-            for task in one.tasks:  # which share the pixels
-                yield replace(one.piece, variant=task.job.variant, task=task, seconds=one.seconds / len(one.tasks))
+            for job in one.jobs:  # they share the pixels
+                yield replace(one.piece, variant=job.variant, task=(one, job))
 
 
 # ----------------------------------------------------------------------------------------------------- outputs
@@ -200,25 +250,36 @@ class _Outputs:
         self, config: SampleConfig, translator: Translator, claims: Claims, sheet: Sheet | None, made_by: str
     ) -> None:
         self.config, self.translator, self.claims, self.sheet, self.made_by = config, translator, claims, sheet, made_by
+        self.budget = Budget()
 
     def write(self, piece: Piece) -> "_Outcome":
         """Write a translated piece."""
-        began, task, error, size = time.monotonic(), piece.task, None, (0, 0)
+        began, (read, job) = time.monotonic(), piece.task
         assert piece.geometry is not None
+        outcome = _Outcome(job, piece.geometry.size)
         try:
-            image = self.translator.finish(piece)
-            size = image.size
-            dpi = task.dpi if size == piece.geometry.size else None
-            tags = task.credits | {SOFTWARE: f"{self.made_by} variant={piece.variant}"}
-            _put(encode(image, self.config.suffix, self.config.quality, dpi, tags), task.job.output)
+            data, size, small = self._encode(piece, piece.geometry)
+            _put(data, job.output, self.config)
             if self.sheet is not None:
-                self.sheet.add(task.job.source, task.job.source.name, piece.variant, task.thumbnail, image)
-        except IbmdError as failure:
-            error = failure
+                self.sheet.add(read.source, read.source.name, job.variant, read.thumbnail, small)
+            outcome = outcome._replace(after=size)
+        except IbmdError as error:
+            outcome = outcome._replace(error=error)
         finally:
-            if task.job.output is not None:
-                self.claims.give_back(task.job.output)
-        return _Outcome(task.job, piece.geometry.size, size, piece.seconds + time.monotonic() - began, error)
+            if job.output is not None:
+                self.claims.give_back(job.output)
+        seconds = read.seconds / len(read.jobs) + piece.seconds + time.monotonic() - began
+        return outcome._replace(seconds=seconds)
+
+    def _encode(self, piece: Piece, geometry: Geometry) -> tuple[bytes, tuple[int, int], Image.Image]:
+        """Return the bytes of a picture, its size, and its thumbnail: while it waits for the disk, it has no pixels."""
+        read, job = piece.task
+        with self.budget.take(math.prod(self.translator.result_size(geometry))):
+            image = self.translator.finish(piece)
+            dpi = read.dpi if image.size == geometry.size else None
+            tags = read.credits | {SOFTWARE: f"{self.made_by} variant={job.variant}"}
+            data = encode(image, self.config.suffix, self.config.quality, dpi, tags)
+            return data, image.size, thumbnail(image)
 
 
 class _Outcome(NamedTuple):
@@ -226,24 +287,39 @@ class _Outcome(NamedTuple):
 
     job: Job
     before: tuple[int, int]
-    after: tuple[int, int]
-    seconds: float
-    error: IbmdError | None
+    after: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+    error: IbmdError | None = None
 
 
-def _put(data: bytes, output: Path | None) -> None:
+class _Appeared(IbmdError):
+    """An output is there that was not when the work began."""
+
+
+class _DiskFull(IbmdError):
+    """No other picture can be written either."""
+
+
+class _Stop(Exception):
+    """A picture failed, which was told, and no other is to be tried."""
+
+
+def _put(data: bytes, output: Path | None, config: SampleConfig) -> None:
     if output is None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
     try:
-        with atomic_file(output) as new:
+        with atomic_file(output, replace=config.on_exists == "overwrite") as new:
             new.write_bytes(data)
+    except FileExistsError as error:
+        raise _Appeared(
+            f"{shown(output)}: appeared meanwhile and stays as it is; choose --on-exists skip or overwrite"
+        ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no other file can be written either
-            error.filename = shown(output)
-            raise
-        raise IbmdError(f"{shown(output)}: cannot be written ({error.strerror})") from error
+        if error.errno in FULL:
+            raise _DiskFull(f"disk full while writing {shown(output)}: free some space and run again") from error
+        raise IbmdError(f"{shown(output)}: cannot be written {why(error)}") from error
 
 
 def _keep(grid: str, config: SampleConfig, results: "_Results") -> bool:
@@ -269,9 +345,12 @@ class _Results:
         return f"{self.done} done, {self.skipped} skipped, {self.failed} failed"
 
     def finish(self, outcome: _Outcome) -> None:
-        job = outcome.job
-        if outcome.error is not None:
-            self.fail(str(job.source), [job], outcome.error)
+        job, error = outcome.job, outcome.error
+        if isinstance(error, _Appeared) and self.config.on_exists == "skip":  # a run without locks made it
+            self.skip(job)
+            return
+        if error is not None:
+            self.fail(str(job.source), [job], error)
             return
         self.done += 1
         self.meter.advance()
@@ -280,25 +359,31 @@ class _Results:
             sizes = {"input_width": input_width, "input_height": input_height, "width": width, "height": height}
             self._json("done", str(job.source), job, **sizes, seconds=round(outcome.seconds, 4))
         elif job.output is not None:
-            _print(str(job.output), "\0" if self.config.print0 else "\n")
+            path = str(job.output)
+            _print(f"./{path}" if path.startswith("-") else path, "\0" if self.config.print0 else "\n")
 
     def skip(self, job: Job) -> None:
         self.skipped += 1
+        self.meter.advance()
         if self.config.as_json:
             self._json("skipped", str(job.source), job)
 
-    def fail(self, source: str, jobs: Sequence[Job], error: IbmdError) -> None:
-        """Count the pictures that an input would have become; one, if it has no jobs because it is not there."""
+    def fail(self, text: str, jobs: Sequence[Job], error: IbmdError) -> None:
+        """Count the pictures that an input would have become; one, if it has no jobs because it is not there.
+
+        Raises:
+            _Stop: no other is to be tried.
+        """
         self.failed += len(jobs) or 1
         self.meter.advance(len(jobs))
         if self.config.as_json:
             for job in jobs:
-                self._json("failed", source, job, error=str(error))
+                self._json("failed", str(job.source), job, error=str(error))
             if not jobs:
-                self._json("failed", source, None, error=str(error))
-        if self.config.fail_fast:
-            raise error
+                self._json("failed", text, None, error=str(error))
         self.reporter.error(str(error))
+        if self.config.fail_fast or isinstance(error, _DiskFull):
+            raise _Stop
 
     def say_once(self, message: str) -> None:
         if not self.said:
@@ -315,6 +400,8 @@ class _Results:
 
 def _print(line: str, end: str = "\n") -> None:
     """Write a line to stdout: on a terminal, readably and above the progress bar; elsewhere, the very bytes."""
+    if sys.stdout is None:  # closed: nobody listens
+        return
     if sys.stdout.isatty():
         sys.stdout.write(shown(line) + "\n")
     else:

@@ -98,7 +98,7 @@ class Claims:
             except OSError as error:
                 file.unlink(missing_ok=True)
                 os.close(handle)
-                self._do_without(output.parent, error)
+                self._do_without(error)
                 return not os.path.lexists(output)
             if not mine:
                 os.close(handle)
@@ -116,12 +116,12 @@ class Claims:
             _file(output).unlink(missing_ok=True)
             os.close(handle)
 
-    def _do_without(self, folder: Path, error: OSError) -> None:
+    def _do_without(self, error: OSError) -> None:
         with self.saying:
             if self.locks:
                 self.warn(
-                    f"{folder}: files cannot be locked here ({error.strerror}): another run on the same files "
-                    "may do some of them, too"
+                    f"files cannot be locked in the output's folder ({error.strerror}): "
+                    "another run on the same images may do some of them, too"
                 )
             self.locks = False
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ibmd_cli import models
-from ibmd_cli.decoding import read_picture, to_picture
+from ibmd_cli.decoding import MAX_PIXELS, read_picture, to_picture
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.images import find_images
@@ -88,12 +88,13 @@ class Student:
 
         Raises:
             UsageError: no such `fit`.
-            IbmdError: the model needs a mask or label, or does not take one; a tensor has the wrong shape; or there are
-                not as many names as images.
+            IbmdError: `images` is something else, an image is damaged, or a tensor has the wrong shape or NaNs; the
+                model needs a mask or label, or does not take one; or there are not as many names as images.
         """
+        _check(images)
         translator = Translator(self.model, seed=seed, fit=fit, restore_size=restore_size, batch_size=batch_size)
         count = 1 if isinstance(images, Image.Image) else len(images)
-        names = names or [str(i) for i in range(count)]
+        names = [str(i) for i in range(count)] if names is None else names
         if len(names) != count:
             raise IbmdError(f"names: {len(names)} of them for {count} images")
         if isinstance(images, Tensor):
@@ -118,6 +119,7 @@ class Student:
         fit: str = "pad",
         restore_size: bool = False,
         batch_size: int = 16,
+        max_pixels: int = MAX_PIXELS,
     ) -> Iterator[tuple[Path, Image.Image]]:
         """Translate the images of a folder, a batch of them in memory at a time.
 
@@ -128,6 +130,7 @@ class Student:
             fit: see `__call__`.
             restore_size: see `__call__`.
             batch_size: see `__call__`.
+            max_pixels: larger images are refused.
 
         Yields:
             The path of each image, in order, and its translation, pixel for pixel that of `ibmd sample`.
@@ -137,6 +140,20 @@ class Student:
         """
         translator = Translator(self.model, seed=seed, fit=fit, restore_size=restore_size, batch_size=batch_size)
         files = find_images(Path(path), recursive)
-        pieces = (replace(translator.prepare(read_picture(file), file.name), task=file) for file in files)
+        pieces = (replace(translator.prepare(read_picture(file, max_pixels), file.name), task=file) for file in files)
         for piece in translator.run(pieces):
             yield piece.task, translator.finish(piece)
+
+
+def _check(images: object) -> None:
+    """Refuse what is neither a Pillow image, nor a sequence of them, nor a batch of images as a tensor."""
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or not len(images) or not images.is_floating_point() or not images.isfinite().all():
+            raise IbmdError(
+                f"a tensor of shape {list(images.shape)} and {images.dtype}: expected one or more images (B, 3, H, W) "
+                "of finite floats in [-1, 1]"
+            )
+    elif not isinstance(images, Image.Image):
+        several = isinstance(images, Sequence) and len(images) and all(isinstance(i, Image.Image) for i in images)
+        if not several:
+            raise IbmdError(f"{type(images).__name__}: expected a Pillow image, one or more in a list, or a tensor")

@@ -154,11 +154,9 @@ def _train(
     x0_star = accelerator.prepare_model(teacher.predictor, evaluation_mode=True)
     run = Run(out, {"student": theta, "bridge_model": phi}, student, config.keep, accelerator.scaler)
     start, spent = run.restore(resume, reporter)
-    watch = Watch(config.steps)
-    if main:
-        watch = Watch(config.steps, run.trim_log(start))
-        if start:
-            run.mend_student(start, reporter)
+    watch = Watch(config.steps, run.trim_log(start) if main else ())
+    if main and start:
+        run.mend_student(start, reporter)
     accelerator.wait_for_everyone()
     if start >= config.steps:
         if main:
@@ -199,14 +197,14 @@ def _train(
             line |= {"peak_memory_bytes": peak_memory(accelerator.device), "skipped": phi.skipped + theta.skipped}
             show = k % config.preview_every == 0 or k == config.steps
             save = stop or k % config.checkpoint_every == 0 or k == config.steps
-            if preview and show:
-                line |= preview.save(out / "previews" / f"step-{k:06d}.png", student, theta.averaged())
-            line |= watch.look(line)
-            for warning in line.get("warnings", []):
-                reporter.warn(warning)
-            accelerator.log({name: v for name, v in line.items() if isinstance(v, int | float)}, step=k)
-            if main:
+            if preview:
+                if show:
+                    line |= preview.save(out / "previews" / f"step-{k:06d}.png", student, theta.averaged())
+                line |= watch.look(line)
+                for warning in line.get("warnings", []):
+                    reporter.warn(warning)
                 run.log(line)
+                accelerator.log({name: v for name, v in line.items() if isinstance(v, int | float)}, step=k)
                 if save:
                     run.save(k, seconds)
                 if show or save:

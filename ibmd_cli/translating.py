@@ -46,7 +46,7 @@ class Piece:
         label: class, for models that have classes.
         variant: from 1.
         task: whatever the caller wants to find again.
-        seconds: spent on it so far.
+        seconds: that the network spent on it so far.
         x_0: its translation, (3, scale · H, scale · W) in [-1, 1]; None before it begins.
     """
 
@@ -120,6 +120,7 @@ class Translator:
         self.fill = (model.config.get("mask") or {}).get("fill")
         self.fixed = self.device.type == "cpu"
         self.size = max(1, CPU_BATCH_PIXELS // self.side**2) if self.fixed else batch_size
+        self.advance: Callable[[int], None] = lambda tiles: None  # told of tiles that are done
 
     def prepare(self, picture: Picture, name: str, mask: Image.Image | None = None, label: int | None = None) -> Piece:
         """Fit an image for the model.
@@ -183,6 +184,7 @@ class Translator:
             began = time.monotonic()
             x_0 = self._network(group)
             seconds = (time.monotonic() - began) / len(group)
+            self.advance(len(group))
             for (piece, i), tile in zip(group, x_0, strict=True):
                 if piece.x_0 is None:
                     piece.x_0 = piece.tiles.blank(3)
@@ -190,6 +192,13 @@ class Translator:
                 piece.seconds += seconds
                 if i == len(piece.tiles) - 1:
                     yield piece
+
+    def result_size(self, geometry: Geometry) -> tuple[int, int]:
+        """Return (width, height) of the picture that `finish` gives."""
+        if self.restore_size:
+            return geometry.size
+        width, height = geometry.size if self.fit == "tile" else geometry.canvas
+        return self.scale * width, self.scale * height
 
     def finish(self, piece: Piece) -> Image.Image:
         """Return the translation of a complete piece, RGB, or RGBA if its transparency was kept."""
@@ -207,7 +216,10 @@ class Translator:
         return image
 
     def _network(self, group: Sequence[tuple[Piece, int]]) -> Tensor:
-        """Translate tiles, half as many at a time from when memory did not suffice; (len(group), 3, side, side)."""
+        """Translate tiles, half as many at a time from when memory did not suffice; (len(group), 3, side, side).
+
+        From then on the last bits may differ from those of a run that had the memory.
+        """
         while True:
             try:
                 return torch.cat([self._batch(group[i : i + self.size]) for i in range(0, len(group), self.size)])
@@ -216,7 +228,8 @@ class Translator:
                 if self.size == 1 or not ("out of memory" in words or "can't allocate memory" in words):
                     raise
             self.size //= 2
-            self.warn(f"out of memory: from here on {self.size} image{'s' * (self.size > 1)} at a time")
+            images = f"image{'s' * (self.size > 1)}"
+            self.warn(f"out of memory: from here on {self.size} {images} at a time (last bits may differ)")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -140,7 +140,7 @@ def test_format_is_told_by_the_name():
         (["--format", "tflite"], "--format: 'tflite' is not one of safetensors, onnx, torch-export"),
         (["--opset", "20"], "--opset 20: safetensors has none"),
         (["--opset", "99", "--output", "student.onnx"], "--opset 99: expected 18 to 20"),
-        (["--noise-inside"], "--noise-inside: safetensors holds weights alone"),
+        (["--noise-inside"], "--noise-inside: safetensors has no noise inside"),
         (["--all", "--dtype", "fp16"], "--all: writes every format and dtype; leave out"),
         (["--student", "builtin:outline2emojy"], "nearest: builtin:outline2emoji"),
     ],

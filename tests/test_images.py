@@ -5,7 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -15,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from ibmd_cli.decoding import Picture, decode, own_limits, shown
+from ibmd_cli.decoding import Budget, Picture, decode, own_limits, shown, to_picture
 from ibmd_cli.encoding import WRITABLE, encode
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.images import (
     find_images,
+    find_matches,
     fit,
     read_image,
     to_image,
@@ -346,11 +350,37 @@ def test_pixel_limit_is_exact(picture):
     refusal(content, max_pixels=48 * 32 - 1)
 
 
+def test_an_image_without_pixels():
+    with pytest.raises(IbmdError, match="x: 0×3 pixels: expected one or more"):
+        to_picture(Image.new("RGB", (0, 3)), "x")
+
+
+def test_threads_share_a_budget_of_pixels():
+    budget, lock, now, most = Budget(10), Lock(), [0, 0], [0, 0]  # pixels and threads
+
+    def work(pixels: int) -> None:
+        with budget.take(pixels):
+            with lock:
+                now[0], now[1] = now[0] + pixels, now[1] + 1
+                most[0], most[1] = max(most[0], now[0]), max(most[1], now[1])
+            time.sleep(0.01)
+            with lock:
+                now[0], now[1] = now[0] - pixels, now[1] - 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [3] * 12))
+        assert most == [9, 3]
+        most[:] = 0, 0
+        list(pool.map(work, [99, 99, 99]))  # each alone
+        assert most == [99, 1]
+
+
 def test_own_limits_are_given_back():
-    before = Image.MAX_IMAGE_PIXELS
+    before = Image.MAX_IMAGE_PIXELS, Image.core.get_block_size()
     with own_limits():
         assert Image.MAX_IMAGE_PIXELS is None
-    assert before == Image.MAX_IMAGE_PIXELS
+        assert Image.core.get_block_size() > 1e8
+    assert before == (Image.MAX_IMAGE_PIXELS, Image.core.get_block_size())
 
 
 def test_what_is_no_file(tmp_path):
@@ -496,6 +526,35 @@ def test_find_images(tmp_path, picture):
     assert names() == ["a.JPG", "b.png", "link.png", "sub/c.webp", "sub/deep/d.tif"]
     assert names(without=tmp_path / "sub" / "deep") == ["a.JPG", "b.png", "link.png", "sub/c.webp"]
     assert find_images(tmp_path / "b.png") == [tmp_path / "b.png"]
+
+
+def test_find_matches(tmp_path):
+    for name in ("a/x.png", "a/y.jpg", "a/b/x.png", "a/b/c/x.png", "a/.hid/x.png", "a/.x.png", "a/x.ibmd.png", "n.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for i in range(3):  # a search that followed them would not end
+        (tmp_path / "a" / f"loop{i}").symlink_to(tmp_path)
+    (tmp_path / "a" / "link.png").symlink_to("x.png")
+
+    def names(pattern: str) -> list[str]:
+        folder, found = find_matches(f"{tmp_path}/{pattern}", pytest.fail)
+        assert folder == tmp_path / ("" if pattern[0] in "*[" else "a")
+        return [str(path.relative_to(tmp_path)) for path in found]
+
+    assert names("**/x.png") == ["a/b/c/x.png", "a/b/x.png", "a/x.png"]
+    assert names("a/**/b/**/*.png") == ["a/b/c/x.png", "a/b/x.png"]
+    assert names("a/*.png") == ["a/link.png", "a/x.png"]
+    assert names("a/?.[jp]*g") == ["a/x.png", "a/y.jpg"]
+    assert names("*/*/x.png") == ["a/b/x.png"]
+    assert names("[a]/*") == ["a/b", "a/link.png", "a/x.png", "a/y.jpg"]
+    assert names("a/**") == names("a/**/*")
+    assert names("a/.h*/*.png") == ["a/.hid/x.png"]
+    assert names("a/*/absent/*") == []
+    assert find_matches(str(tmp_path / "absent/*.png"), pytest.fail) == (tmp_path / "absent", [])
+    assert find_matches(str(tmp_path / "absent.png"), pytest.fail)[1] == []
+    errors: list[OSError] = []
+    find_matches(str(tmp_path / "n.txt/*.png"), errors.append)
+    assert [error.filename for error in errors] == [str(tmp_path / "n.txt")]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")

@@ -1,6 +1,7 @@
 """`ibmd sample`: what it writes and where, what it refuses, and that a picture depends on name and seed alone."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -26,10 +27,13 @@ from ibmd_cli.cli import main
 from ibmd_cli.decoding import read_picture
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import UsageError
+from ibmd_cli.files import atomic_file
 from ibmd_cli.images import find_images
+from ibmd_cli.jobs import SampleConfig
 from ibmd_cli.models import Student, Teacher, load_model, resolve, save_model
 from ibmd_cli.networks import make_predictor
 from ibmd_cli.noise import randn, stream
+from ibmd_cli.reporting import Reporter
 from ibmd_cli.sharing import Claims, _file
 from ibmd_cli.translating import Piece, Translator
 
@@ -146,7 +150,10 @@ def test_names(sample, drawings, name):
     shutil.copy(drawings / "drawing-0.png", name)
     result = sample("--input", name)
     assert result.code == 0
-    assert result.stdout.decode() == f"{Path(name).stem}.ibmd.png\n"
+    output = f"{Path(name).stem}.ibmd.png"
+    assert (
+        result.stdout.decode() == ("./" if output[0] == "-" else "") + output + "\n"
+    )  # no program takes it for a flag
     assert Path(f"{Path(name).stem}.ibmd.png").is_file()
 
 
@@ -166,6 +173,7 @@ def test_mirrored_tree(sample, drawings, tmp_path):
     assert (flat.code, deep.code) == (0, 0)
     assert len(flat.paths) == 7
     assert tree(tmp_path / "deep") == sorted([*tree(tmp_path / "flat"), "a/b/x.png"])
+    (drawings / "a" / "loop").symlink_to(drawings)
     assert sample("--input", f"{drawings}/**/*.webp", "--output", "glob").paths == ["glob/a/b/x.png"]
 
 
@@ -337,9 +345,10 @@ def test_teacher(sample, drawings, tiny_teacher):
         (["-i", "a.png", "--fit", "square"], "--fit"),
         (["-i", "a.png", "--device", "gpu"], "expected auto, cpu, cuda, cuda:N or mps"),
         (["-i", "a.png", "-i", "b.png", "-o", "c.png"], "one file for 2 images"),
-        (["-i", "a.png", "-i", "b.png", "-o", "-"], "stdout takes one picture"),
-        (["-i", "a.png", "--variants", "2", "-o", "-"], "stdout takes one picture"),
+        (["-i", "a.png", "-i", "b.png", "-o", "-"], "2 images, 1 variant: stdout takes one picture"),
+        (["-i", "a.png", "--variants", "2", "-o", "-"], "1 image, 2 variants: stdout takes one picture"),
         (["-i", "a.png", "-o", "-", "--json"], "image bytes already go to stdout"),
+        (["-i", "a.png", "--json", "--print0"], "leave one of them out"),
         (["-i", "-", "-i", "a.png"], "stdout takes one picture"),
         (["-i", "a.png", "-o", "c.gif"], "expected a name with .png"),
         (["-i", "a.png", "-o", "plain"], "is a file"),
@@ -347,6 +356,7 @@ def test_teacher(sample, drawings, tiny_teacher):
         (["-i", "a.png", "-o", "./"], "is an input, too"),
         (["-i", "a.png", "-o", "link.png"], "is an input, too"),
         (["-i", "a.png", "-i", "a.jpg"], "a.png and a.jpg would both become a.ibmd.png"),
+        (["-i", "many"], "a run for each kind, --input 'many/*.jpg' and --input 'many/*.png', with different --output"),
         (["-i", "a.png", "-i", "sub/a.png", "-o", "out/"], "would both become out/a.png"),
         (["-i", "many", "--variants", "2", "-o", "out/"], "would both become out/a.1.png"),
     ],
@@ -413,7 +423,8 @@ def test_fail_fast(sample, drawings):
     (drawings / "drawing-00.png").write_text("no image")
     result = sample("-i", drawings, "-o", "out/", "--fail-fast")
     assert result.code == 1
-    assert "drawing-00.png: not an image" in result.err
+    assert result.err.count("drawing-00.png: not an image") == 1
+    assert result.err.endswith("stopped: 0 done, 0 skipped, 1 failed\n")
     assert result.stdout == b""
 
 
@@ -422,7 +433,7 @@ def test_pixel_limit(sample, drawings):
     result = sample("-i", drawings, "-o", "b/", "--max-pixels", 1023)
     assert result.code == 3
     assert "32×32 pixels, more than 1,023" in result.err
-    assert "raise --max-pixels" in result.err
+    assert "raise the limit (--max-pixels; in Python, max_pixels)" in result.err
 
 
 @pytest.mark.parametrize(
@@ -449,11 +460,113 @@ def test_a_broken_write_leaves_nothing(sample, drawings, tmp_path, monkeypatch, 
     assert (tmp_path / "out" / "drawing-0.png").read_bytes() == b""
 
 
-def test_output_folder_that_cannot_be(sample, drawings):
+def test_a_full_disk_ends_the_run_and_what_is_done_is_told(sample, drawings, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if len(tree(tmp_path / "out")) > 3:  # with the temporary file of this one
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(sampling, "WRITERS", 1)
+    result = sample("-i", drawings, "-o", "out/", "--json")
+    assert result.code == 1
+    done = [line["output"] for line in result.lines if line["status"] == "done"]
+    assert done == [f"out/{name}" for name in tree(tmp_path / "out")] == [f"out/drawing-{i}.png" for i in range(3)]
+    assert result.lines[3]["status"] == "failed"
+    assert "disk full while writing out/drawing-3.png: free some space" in result.lines[3]["error"]
+    assert "stopped: 3 done, 0 skipped" in result.err
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EFBIG, "the system allows no file so large (ulimit -f); choose a smaller format"),
+        (errno.ENAMETOOLONG, "give a shorter name"),
+        (errno.EISDIR, "it is a folder; give another name"),
+    ],
+)
+def test_what_mends_a_write(sample, drawings, monkeypatch, number, message):
+    def write(self: Path, data: bytes) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert f"({os.strerror(number)}): {message}\n" in sample("-i", drawings / "drawing-0.png").err
+
+
+def test_folders_are_tried_before_the_model_is_loaded(sample, drawings):
     Path("file").touch()
-    result = sample("-i", drawings / "drawing-0.png", "-o", "file/out.png")
+    result = sample("-i", drawings, "-o", "file/out/", "--student", "absent")
     assert result.code == 3
-    assert "file/out.png: cannot be written" in result.err
+    assert "file/out: cannot be written to (Not a directory): a part of the path is a file" in result.err
+    assert "0 done, 0 skipped, 8 failed" in result.err
+    result = sample("-i", drawings, "-o", "out/", "--student", "absent", "--grid", "file/sheet.png")
+    assert result.code == 1
+    assert "file: cannot be written to" in result.err
+    assert sample("-i", drawings, "-o", "out/", "--student", "absent").code == 4
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_appears_meanwhile_stays(sample, drawings, monkeypatch, links):
+    """Also on file systems that know no links."""
+    load = sampling._load
+
+    def slow(*args: object) -> object:
+        Path("out").mkdir()
+        Path("out/drawing-3.png").write_bytes(b"precious")
+        return load(*args)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(sampling, "_load", slow)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    result = sample("-i", drawings, "-o", "out/")
+    assert (result.code, len(result.paths)) == (3, 7)
+    assert "out/drawing-3.png: appeared meanwhile and stays as it is" in result.err
+    assert Path("out/drawing-3.png").read_bytes() == b"precious"
+    assert len(os.listdir("out")) == 8
+
+
+def test_modes_are_those_of_the_umask(sample, drawings, monkeypatch):
+    """Which is the process's, not the thread's: no thread may change it to learn it."""
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("umask"))
+    sample("-i", drawings, "-o", "out/")
+    Path("like").touch()
+    assert {file.stat().st_mode for file in Path("out").iterdir()} == {Path("like").stat().st_mode}
+    with atomic_file(Path("anew")) as new:
+        new.unlink()
+        os.close(os.open(new, os.O_CREAT, 0o600))
+    assert Path("anew").stat().st_mode == Path("like").stat().st_mode
+
+
+def test_closed_streams(drawings, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdin", None)
+    for given in ({"inputs": ("-",)}, {"files_from": "-"}):
+        with pytest.raises(UsageError, match="stdin is closed"):
+            SampleConfig(**given)
+    file = str(drawings / "drawing-0.png")
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(UsageError, match="stdout is closed"):
+        SampleConfig(inputs=(file,), output="-")
+    assert sampling.sample(SampleConfig(inputs=(file,), output=str(tmp_path / "out.png")), Reporter()) == 0
+    assert (tmp_path / "out.png").is_file()
+
+
+def test_what_is_written_is_told_before_a_slow_network_goes_on(sample, drawings, monkeypatch):
+    monkeypatch.setattr(sampling, "SLOW", 0.0)
+    events: list[str] = []
+    monkeypatch.setattr(sampling, "_print", lambda *_: events.append("told"))
+    network = embedded("builtin:outline2emoji", "student").predictor
+    hook = network.register_forward_pre_hook(lambda *_: events.append("network"))
+    for i in range(8):
+        shutil.copy(drawings / f"drawing-{i}.png", drawings / f"more-{i}.png")
+    sample("-i", drawings, "-o", "out/")
+    hook.remove()
+    assert events == ["network", *["told"] * 8] * 2
 
 
 # ------------------------------------------------------------------------------------------------------- lists
@@ -464,7 +577,7 @@ def test_lists_of_files(sample, drawings, tmp_path):
     (drawings / "drawing-7.png").rename(drawings / "sub" / "new\nline.png")
     relative = os.path.relpath(drawings, tmp_path)
     names = [f"{relative}/drawing-0.png", f"./{relative}/drawing-1.png", "", str(drawings / "drawing-2.png")]
-    listed = sample("--files-from", "-", "-o", "out/", stdin="\r\n".join(names).encode())
+    listed = sample("--files-from", "-", "-o", "out/", stdin="\r\n".join([*names, ""]).encode())
     assert listed.paths == ["out/drawings/drawing-0.png", "out/drawings/drawing-1.png", "out/drawing-2.png"]
     weird = os.fsencode(drawings) + b"/sub/new\nline.png\0" + os.fsencode(relative) + b"/sub/new\nline.png\0"
     Path("list").write_bytes(weird)
@@ -477,6 +590,8 @@ def test_lists_of_files(sample, drawings, tmp_path):
     missing = sample("--files-from", "-", "-o", "out5/", stdin=b"absent.png\n*.png\n-\n")
     assert missing.code == 3
     assert missing.err.count("cannot be opened") == 3  # neither a glob nor stdin in a list
+    shutil.copy(drawings / "drawing-0.png", "a\rb.png")
+    assert tree(Path(sample("--files-from", "-", "-o", "out7", stdin=b"a\rb.png\n").paths[0]).parent) == ["a\rb.png"]
     nul = sample("--files-from", "-", "-o", "out6/", stdin=b"a.png\0b.png\0")
     assert (nul.code, "add --null" in nul.err) == (2, True)
 
@@ -782,6 +897,7 @@ def test_processes_divide_the_inputs(sample, drawings, tmp_path):
         assert (tmp_path / path).read_bytes() == (tmp_path / "shared" / Path(path).name).read_bytes()
 
 
+@pytest.mark.slow
 def test_runs_that_skip_share_a_folder(drawings, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
@@ -813,6 +929,28 @@ def test_claims(tmp_path):
         assert mine.take(output)
 
 
+def test_where_files_cannot_be_locked_nothing_is_skipped(sample, drawings, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    result = sample("-i", drawings, "-o", "out/", "--on-exists", "skip")
+    assert (result.code, len(result.paths)) == (0, 8)
+    assert result.err.count("files cannot be locked in the output's folder (No locks available)") == 1
+    assert sorted(os.listdir("out")) == [f"drawing-{i}.png" for i in range(8)]
+    assert "0 done, 8 skipped" in sample("-i", drawings, "-o", "out/", "--on-exists", "skip").err
+
+
+@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "")])
+def test_places_that_cannot_be(sample, drawings, monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    result = sample("-i", drawings, "-o", "out/")
+    assert result.code == 2
+    assert result.err == f"error: RANK={rank} and WORLD_SIZE={size}: expected 0 ≤ RANK < WORLD_SIZE; or unset both\n"
+
+
 def test_an_interrupted_run_continues(sample, drawings, tmp_path, monkeypatch):
     whole = {path: (tmp_path / path).read_bytes() for path in sample("-i", drawings, "-o", "out/").paths}
     shutil.rmtree("out")
@@ -824,10 +962,13 @@ def test_an_interrupted_run_continues(sample, drawings, tmp_path, monkeypatch):
         return write(self, data)
 
     monkeypatch.setattr(Path, "write_bytes", interrupted)
-    assert sample("-i", drawings, "-o", "out/", "--on-exists", "skip").code == 130
+    interrupted_run = sample("-i", drawings, "-o", "out/", "--on-exists", "skip")
+    assert interrupted_run.code == 130
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     there = tree(tmp_path / "out")
+    assert interrupted_run.paths == [f"out/{name}" for name in there]  # what is there was told
+    assert f"interrupted: {len(there)} done, 0 skipped, 0 failed" in interrupted_run.err
     assert 0 < len(there) < 8
     assert not any(name.startswith(".") for name in there)
     rest = sample("-i", drawings, "-o", "out/", "--on-exists", "skip")
@@ -847,6 +988,24 @@ def test_launcher(sample, drawings, tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("48 done, 0 skipped, 1 failed") == 1
     assert len(done.stdout.splitlines()) == len(list((tmp_path / "out").iterdir())) == 48
+    for file in sorted((tmp_path / "out").iterdir())[::2]:  # what is left is in the share of the second process
+        file.unlink()
+    again = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert again.stderr.count("exists already; choose --on-exists skip or overwrite") == 1
+    assert "gloo" not in again.stderr.lower()
+    assert again.stdout == ""
+
+
+@pytest.mark.slow
+def test_memory_of_large_images(drawings, tmp_path):
+    """Thirty photos of 24 megapixels: 72 MB each as RGB, and so are their results."""
+    Image.effect_noise((6000, 4000), 30).convert("RGB").save(tmp_path / "photo.jpg")
+    (tmp_path / "photos").mkdir()
+    for i in range(30):
+        os.link(tmp_path / "photo.jpg", tmp_path / "photos" / f"{i}.jpg")
+    count, peak = peak_memory("-i", tmp_path / "photos", "-o", tmp_path / "out", "--restore-size", "--format", "jpg")
+    assert count == 30
+    assert peak < 700_000
 
 
 @pytest.mark.slow
@@ -859,25 +1018,31 @@ def test_benchmark_of_a_folder():
     assert min(rates) > 0
 
 
-@pytest.mark.slow
-def test_memory_stays_flat(drawings, tmp_path):
-    """Ten times as many images need no more memory, but for their names."""
+def peak_memory(*args: object) -> tuple[int, int]:
+    """Run `ibmd sample` in a process of its own; returns the number of its results, and its peak memory in KiB."""
     code = (
         "import sys; from pathlib import Path; from ibmd_cli.cli import app\n"
         "sys.argv = ['ibmd', 'sample', *sys.argv[1:]]\n"
         "try: app()\n"
         "except SystemExit: print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0], file=sys.stderr)"
     )
+    done = subprocess.run([sys.executable, "-c", code, "-q", *map(str, args)], capture_output=True, text=True)
+    assert done.stderr.strip().isdigit(), done.stderr
+    return len(done.stdout.splitlines()), int(done.stderr)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(drawings, tmp_path):
+    """Ten times as many images need no more memory, but for their names."""
     peaks = []
     for count in (200, 2000):
         folder = tmp_path / str(count)
         folder.mkdir()
         for i in range(count):
             os.link(drawings / f"drawing-{i % 8}.png", folder / f"{i}.png")
-        command = [sys.executable, "-c", code, "-q", "-i", folder, "-o", tmp_path / f"out{count}", "--restore-size"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert len(done.stdout.splitlines()) == count, done.stderr
-        peaks.append(int(done.stderr))
+        done, peak = peak_memory("-i", folder, "-o", tmp_path / f"out{count}", "--restore-size")
+        assert done == count
+        peaks.append(peak)
     assert peaks[1] < peaks[0] + 30_000  # KiB; 1,800 images of 32×32 would be 22,000 as floats, without their results
 
 
@@ -886,12 +1051,18 @@ def test_memory_stays_flat(drawings, tmp_path):
 
 def test_pipe_between_programs(drawings, sample):
     content = (drawings / "drawing-0.png").read_bytes()
-    command = [sys.executable, "-m", "ibmd_cli", "sample", "--input", "-"]
-    piped = subprocess.run(command, input=content, capture_output=True, check=True)
+    code = (
+        "import sys; from ibmd_cli.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'sympy', 'torch._dynamo', 'accelerate'} & set(sys.modules)"  # which would take seconds
+    )
+    piped = subprocess.run([sys.executable, "-c", code, "sample", "-i", "-"], input=content, capture_output=True)
+    assert piped.returncode == 0, piped.stderr
     assert piped.stdout == sample("-i", "-", stdin=content).stdout
     assert b"\x1b" not in piped.stderr
 
 
+@pytest.mark.slow
 def test_progress_on_a_terminal_keeps_stdout_clean(drawings, tmp_path):
     terminal, end = pty.openpty()
     command = [sys.executable, "-m", "ibmd_cli", "sample", "--input", str(drawings), "--output", str(tmp_path / "out")]
@@ -909,6 +1080,20 @@ def test_progress_on_a_terminal_keeps_stdout_clean(drawings, tmp_path):
     assert out.decode().splitlines() == [str(tmp_path / "out" / f"drawing-{i}.png") for i in range(8)]
     assert b"8/8" in err
     assert b"8 done, 0 skipped, 0 failed" in err
+
+
+def test_one_image_in_tiles_shows_progress(sample, student):
+    Image.new("RGB", (100, 50)).save("large.png")
+    result = sample("-i", "large.png", "--fit", "tile", "--student", student)
+    assert "sample 32/32" in result.err
+    assert "tiles/s" in result.err
+
+
+def test_help_is_in_groups(sample):
+    text = sample("--help").stdout.decode()
+    titles = ["Arguments", "Options", "Inputs", "Outputs", "Model", "Size and transparency", "Run"]
+    assert [line.split("─ ")[1].split(" ─")[0] for line in text.splitlines() if line.startswith("╭")] == titles
+    assert text.count("hf://OWNER/REPO") == 2
 
 
 def test_embedded_student_is_there():
