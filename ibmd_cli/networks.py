@@ -62,8 +62,8 @@ class UNetConfig:
 
 
 SCRATCH_BYTES = 32 << 20
-"""oneDNN reorders weights into a scratch at each call. glibc maps more than this anew each time, page by page; in parts,
-1536 → 768 channels at 8×8 took 7 ms in place of 18."""
+"""oneDNN reorders weights into a scratch at each call, which seems to be mapped anew each time if it is larger than
+this (the limit of glibc). In parts, 1536 → 768 channels at 8×8 took 7 ms in place of 18 on two cores."""
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
