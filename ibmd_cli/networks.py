@@ -368,7 +368,8 @@ class Predictor(nn.Module):
             x̂_0 (B, C, H, W), in the dtype of `x_t`, not clamped.
         """
         c_skip, c_in, c_out = (expand_to(c, x_t) for c in self.preconditioning(self.bridge, t))
-        dtype = next(self.backbone.parameters()).dtype  # states may be float64, as DBIM's are
+        # States may be float64, as DBIM's are; the network then computes in the dtype of its weights.
+        dtype = next(self.backbone.parameters()).dtype if x_t.dtype == torch.float64 else x_t.dtype
         x = torch.cat([c_in * x_t, x_T], dim=1) if self.conditional else c_in * x_t
         if self.noise_channels:
             if z is None:
