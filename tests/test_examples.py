@@ -20,7 +20,8 @@ def run(script: str, *arguments: object) -> str:
 
 
 @pytest.mark.slow
-def test_teacher_is_trained_continued_and_embedded(tmp_path: Path):
+@pytest.mark.parametrize("task", ["outline2emoji", "emoji-sr4x"])
+def test_teacher_is_trained_continued_and_embedded(task: str, tmp_path: Path):
     names, x_T, x_0 = embedded_pairs()
     for split in ("train", "val"):
         np.savez(
@@ -28,9 +29,18 @@ def test_teacher_is_trained_continued_and_embedded(tmp_path: Path):
         )
     settings = ["--data", tmp_path, "--out", tmp_path / "teacher", "--batch-size", 2, "--every", 1, "--threads", 1]
     for steps in (1, 2):
-        run("emoji/train_teacher.py", *settings, "--steps", steps)
-    run("emoji/embed.py", "teacher", tmp_path / "teacher" / "state.pt", "--out", tmp_path / "assets")
-    assert load_model(str(tmp_path / "assets" / "teacher"), "teacher").config["training"]["steps"] == 2
+        run("emoji/train_teacher.py", task, *settings, "--steps", steps)
+    run("emoji/embed.py", task, "teacher", tmp_path / "teacher" / "state.pt", "--out", tmp_path / "assets")
+    teacher = load_model(str(tmp_path / "assets" / "teacher"), "teacher")
+    embedded = load_model(f"builtin:{task}", "teacher")
+    assert teacher.config["training"]["steps"] == 2
+    assert teacher.config["network"] == embedded.config["network"]
+    assert teacher.config["bridge"] == embedded.config["bridge"]
+
+
+def test_signals_are_distilled_by_a_teacher_of_ones_own():
+    lines = run("signal1d.py", "--steps", 4).splitlines()
+    assert [line.split("   ")[0].split(",")[0] for line in lines] == ["teacher"] * 3 + ["student"] * 4
 
 
 @pytest.mark.slow
