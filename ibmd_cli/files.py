@@ -13,6 +13,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 _MENDS = {
     errno.EACCES: "check its permissions, or choose another place",
     errno.EPERM: "check its permissions, or choose another place",
+    errno.ENOENT: "check the path",
     errno.EROFS: "choose another place",
     errno.EISDIR: "it is a folder; give another name",
     errno.ENOTDIR: "a part of the path is a file; give another path",

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -30,7 +30,7 @@ from ibmd_cli.encoding import SOFTWARE, encode
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import FULL, atomic_file, why
 from ibmd_cli.images import Geometry
-from ibmd_cli.jobs import Job, Plan, SampleConfig, Source, make_plan
+from ibmd_cli.jobs import Job, SampleConfig, Source, make_plan
 from ibmd_cli.models import Student, Teacher, load_model
 from ibmd_cli.programs import ExportedModel
 from ibmd_cli.reading import Inputs, Read
@@ -45,6 +45,7 @@ STUDENT = "builtin:outline2emoji"
 READERS, WRITERS = 4, 16  # threads; those that write mostly wait for the disk, and the disk serves many at once
 SLOW = 1.0  # seconds of the network for a picture, from which on it waits until that is written and reported
 Group = tuple[Source, list[Job]]
+T = TypeVar("T")
 
 
 def sample(config: SampleConfig, reporter: Reporter) -> int:
@@ -66,10 +67,16 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
         raise UsageError("several processes: stdin, stdout and --grid are for one; give files, or start one")
     reporter.quiet = reporter.quiet or process > 0
     with company() as gather:
-        plan = _agreed_plan(config, process, processes, gather)
+        plan = _together(gather, lambda: make_plan(config, process, processes))
         results = _Results(config, reporter)
         try:
-            _work(plan, config, results)
+            for problem in plan.problems:
+                results.fail(problem.text, problem.jobs, problem.error)
+            for job in plan.skipped:
+                results.skip(job)
+            inputs = _together(gather, lambda: _prepare(config, reporter) if plan.jobs else None)
+            if inputs is not None:
+                _work(plan.jobs, inputs, config, results)
         except KeyboardInterrupt:
             reporter.warn(f"interrupted: {results.summary()}; the same command with --on-exists skip does the rest")
             raise
@@ -84,29 +91,21 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
     return 3 if results.failed else 0
 
 
-def _agreed_plan(config: SampleConfig, process: int, processes: int, gather: Gather) -> Plan:
-    """Make the plan; nothing is written before every process has, and all fail alike if one cannot."""
-    plan, error = Plan(), None
+def _together(gather: Gather, do: Callable[[], T]) -> T:
+    """Do something in every process, and go on when all have done it; they all fail alike if one cannot."""
     try:
-        plan = make_plan(config, process, processes)
-    except IbmdError as failure:
-        error = failure
-    if errors := [error for error in gather(error) if error is not None]:
-        raise errors[0]
-    return plan
+        result = do()
+    except IbmdError as error:
+        raise next(first for first in gather(error) if first) from error
+    for failure in filter(None, gather(None)):
+        raise failure
+    return result
 
 
-def _work(plan: Plan, config: SampleConfig, results: "_Results") -> None:
-    for problem in plan.problems:
-        results.fail(problem.text, problem.jobs, problem.error)
-    for job in plan.skipped:
-        results.skip(job)
-    if not plan.jobs:
-        return
-    reporter = results.reporter
-    model = _load(config, reporter.quiet)
+def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
+    """Load the model, and check the settings against it."""
     translator = Translator(
-        model,
+        _load(config, reporter.quiet),
         seed=config.seed,
         fit=config.fit,
         restore_size=config.restore_size,
@@ -117,25 +116,28 @@ def _work(plan: Plan, config: SampleConfig, results: "_Results") -> None:
         degradation=config.degrade,
         warn=reporter.warn,
     )
-    inputs = Inputs(config, translator)
-    name = config.teacher or config.student or STUDENT
     reporter.note(
-        f"{name} on {translator.device}: {translator.nfe} network call{'s' * (translator.nfe > 1)} an image, "
+        f"{_name(config)} on {translator.device}: {translator.nfe} network call{'s' * (translator.nfe > 1)} an image, "
         f"{_size(config, translator)}"
     )
+    return Inputs(config, translator)
+
+
+def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: "_Results") -> None:
+    translator, reporter = inputs.translator, results.reporter
     sheet = Sheet(config.grid) if config.grid and not _keep(config.grid, config, results) else None
     whole = config.fit == "tile" or (config.restore_size and (config.alpha == "keep" or inputs.mask is not None))
     ahead = 1 if whole else translator.size + WRITERS  # where images keep their own size, few wait at a time
-    made_by = f"ibmd {__version__} {shown(name)} nfe={translator.nfe} seed={config.seed}"
-    groups = [(source, list(jobs)) for source, jobs in groupby(plan.jobs, key=lambda job: job.source)]
+    made_by = f"ibmd {__version__} {shown(_name(config))} nfe={translator.nfe} seed={config.seed}"
+    groups = [(source, list(jobs)) for source, jobs in groupby(jobs, key=lambda job: job.source)]
     waiting: deque[Future[_Outcome]] = deque()
     with own_limits(), Claims(reporter.warn) as claims, ExitStack() as meters:
-        if len(plan.jobs) > 1:
-            results.meter = meters.enter_context(reporter.progress("sample", len(plan.jobs), "images"))
+        if len(jobs) > 1:
+            results.meter = meters.enter_context(reporter.progress("sample", len(jobs), "images"))
 
         def pieces() -> Iterator[Piece]:
             for piece in _pieces(read, results):
-                if len(plan.jobs) == 1 and len(piece.tiles) > 1:
+                if len(jobs) == 1 and len(piece.tiles) > 1:
                     meter = meters.enter_context(reporter.progress("sample", len(piece.tiles), "tiles"))
                     translator.advance = meter.advance
                 yield piece
@@ -161,7 +163,10 @@ def _work(plan: Plan, config: SampleConfig, results: "_Results") -> None:
                     pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if sheet is not None and results.done:
-            _put(sheet.encode(), Path(sheet.name), config)
+            try:
+                _put(sheet.encode(), Path(sheet.name), config)
+            except IbmdError as error:
+                results.fail(sheet.name, [], error)
 
 
 def _read_ahead(
@@ -180,9 +185,8 @@ def _read_ahead(
 def _report(waiting: "deque[Future[_Outcome]]", results: "_Results", most: int) -> None:
     """Report what is written, in order, and wait while there are more than `most` that are not."""
     while waiting and (len(waiting) > most or waiting[0].done()):
-        outcome = waiting[0].result()  # may be interrupted, and is still waiting then
+        results.finish(waiting[0].result())  # if one of the two is interrupted, it is still waiting
         waiting.popleft()
-        results.finish(outcome)
 
 
 # ------------------------------------------------------------------------------------------------------- model
@@ -202,6 +206,10 @@ def _load(config: SampleConfig, quiet: bool) -> Student | Teacher | ExportedMode
     assert isinstance(student, Student)
     student.to(device)
     return student
+
+
+def _name(config: SampleConfig) -> str:
+    return config.teacher or config.student or STUDENT
 
 
 def _options(texts: Sequence[str]) -> dict[str, Any]:
@@ -340,33 +348,39 @@ class _Results:
         self.config, self.reporter, self.meter = config, reporter, Meter()
         self.done = self.skipped = self.failed = 0
         self.said = False
+        self.told: _Outcome | None = None
+        self.on_terminal = sys.stdout is not None and sys.stdout.isatty()
 
     def summary(self) -> str:
         return f"{self.done} done, {self.skipped} skipped, {self.failed} failed"
 
     def finish(self, outcome: _Outcome) -> None:
-        job, error = outcome.job, outcome.error
-        if isinstance(error, _Appeared) and self.config.on_exists == "skip":  # a run without locks made it
-            self.skip(job)
+        """Tell what became of a picture: once, also if an interrupt comes in between and it is given again."""
+        if outcome is self.told:
             return
-        if error is not None:
-            self.fail(str(job.source), [job], error)
-            return
-        self.done += 1
-        self.meter.advance()
+        job, error, line = outcome.job, outcome.error, b""
         if self.config.as_json:
             (input_width, input_height), (width, height) = outcome.before, outcome.after
             sizes = {"input_width": input_width, "input_height": input_height, "width": width, "height": height}
-            self._json("done", str(job.source), job, **sizes, seconds=round(outcome.seconds, 4))
+            line = self._json("done", str(job.source), job, **sizes, seconds=round(outcome.seconds, 4))
         elif job.output is not None:
             path = str(job.output)
-            _print(f"./{path}" if path.startswith("-") else path, "\0" if self.config.print0 else "\n")
+            line = self._line(f"./{path}" if path.startswith("-") else path, "\0" if self.config.print0 else "\n")
+        self.told = outcome
+        if isinstance(error, _Appeared) and self.config.on_exists == "skip":  # a run without locks made it
+            self.skip(job)
+        elif error is not None:
+            self.fail(str(job.source), [job], error)
+        else:
+            self.done += 1
+            self._print(line)
+            self.meter.advance()
 
     def skip(self, job: Job) -> None:
         self.skipped += 1
         self.meter.advance()
         if self.config.as_json:
-            self._json("skipped", str(job.source), job)
+            self._print(self._json("skipped", str(job.source), job))
 
     def fail(self, text: str, jobs: Sequence[Job], error: IbmdError) -> None:
         """Count the pictures that an input would have become; one, if it has no jobs because it is not there.
@@ -375,12 +389,13 @@ class _Results:
             _Stop: no other is to be tried.
         """
         self.failed += len(jobs) or 1
-        self.meter.advance(len(jobs))
+        if jobs:
+            self.meter.advance(len(jobs))
         if self.config.as_json:
             for job in jobs:
-                self._json("failed", str(job.source), job, error=str(error))
+                self._print(self._json("failed", str(job.source), job, error=str(error)))
             if not jobs:
-                self._json("failed", text, None, error=str(error))
+                self._print(self._json("failed", text, None, error=str(error)))
         self.reporter.error(str(error))
         if self.config.fail_fast or isinstance(error, _DiskFull):
             raise _Stop
@@ -390,20 +405,23 @@ class _Results:
             self.reporter.note(message)
         self.said = True
 
-    def _json(self, status: str, source: str, job: Job | None, **known: Any) -> None:
+    def _json(self, status: str, source: str, job: Job | None, **known: Any) -> bytes:
         output = None if job is None or job.output is None else str(job.output)
         line = {"schema": 1, "status": status, "input": source, "output": output}
         line |= {"input_width": None, "input_height": None, "width": None, "height": None, "seconds": None}
         line |= {"seed": self.config.seed, "variant": None if job is None else job.variant, "error": None}
-        _print(json.dumps(line | known))
+        return self._line(json.dumps(line | known))
 
+    def _line(self, text: str, end: str = "\n") -> bytes:
+        """Spell a line for stdout: readably on a terminal; elsewhere, the very bytes."""
+        return (shown(text) + "\n").encode() if self.on_terminal else os.fsencode(text + end)
 
-def _print(line: str, end: str = "\n") -> None:
-    """Write a line to stdout: on a terminal, readably and above the progress bar; elsewhere, the very bytes."""
-    if sys.stdout is None:  # closed: nobody listens
-        return
-    if sys.stdout.isatty():
-        sys.stdout.write(shown(line) + "\n")
-    else:
-        sys.stdout.buffer.write(os.fsencode(line + end))
-    sys.stdout.flush()
+    def _print(self, line: bytes) -> None:
+        """Write a line to stdout: on a terminal, above the progress bar; nowhere if it is closed."""
+        if sys.stdout is None:
+            return
+        if self.on_terminal:
+            sys.stdout.write(line.decode())
+        else:
+            sys.stdout.buffer.write(line)  # at once: an interrupt comes before or after it
+        sys.stdout.flush()

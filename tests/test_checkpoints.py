@@ -70,7 +70,12 @@ def refusal(path: Path, **settings) -> str:
 CONTAINERS = {  # name: family of the parity set, content, options, preset
     "ddbm": ("ddbm_vp", published.ddbm, None, None),
     "ddbm-adapted": ("ddbm_vp", lambda w: published.adapted(published.ddbm(w)), None, None),
-    "ddbm-preset": ("ddbm_ve", published.ddbm, None, VE | {"head_channels": 32, "sampling": {"sampler": "ddbm", "nfe": 119}}),
+    "ddbm-preset": (
+        "ddbm_ve",
+        published.ddbm,
+        None,
+        VE | {"head_channels": 32, "sampling": {"sampler": "ddbm", "nfe": 119}},
+    ),
     "dbim": ("dbim_inpaint", published.dbim, None, None),
     "i2sb": ("i2sb_sde03", published.i2sb, {}, None),
     "i2sb-ot-ode": ("i2sb_otode10", published.i2sb, {"beta_max": 1.0, "ot_ode": True, "corrupt": "blur-uni"}, None),

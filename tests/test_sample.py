@@ -559,7 +559,7 @@ def test_closed_streams(drawings, tmp_path, monkeypatch, capfd):
 def test_what_is_written_is_told_before_a_slow_network_goes_on(sample, drawings, monkeypatch):
     monkeypatch.setattr(sampling, "SLOW", 0.0)
     events: list[str] = []
-    monkeypatch.setattr(sampling, "_print", lambda *_: events.append("told"))
+    monkeypatch.setattr(sampling._Results, "_print", lambda *_: events.append("told"))
     network = embedded("builtin:outline2emoji", "student").predictor
     hook = network.register_forward_pre_hook(lambda *_: events.append("network"))
     for i in range(8):
@@ -991,6 +991,10 @@ def test_launcher(sample, drawings, tmp_path):
     for file in sorted((tmp_path / "out").iterdir())[::2]:  # what is left is in the share of the second process
         file.unlink()
     again = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    absent = subprocess.run(
+        [sys.executable, *command, "--on-exists", "skip", "--student", "absent"], capture_output=True
+    )
+    assert absent.stderr.count(b"error: no student 'absent'") == 1
     assert again.stderr.count("exists already; choose --on-exists skip or overwrite") == 1
     assert "gloo" not in again.stderr.lower()
     assert again.stdout == ""
