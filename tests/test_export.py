@@ -100,7 +100,7 @@ def test_damaged_weights_are_found(tmp_path: Path, format: str, monkeypatch):
 def test_all_formats_in_one_table(tmp_path: Path):
     reports = json.loads(export("--all", "--output", tmp_path / "all", "--json").stdout)["exports"]
     assert {(report["format"], report["dtype"]) for report in reports} == {
-        (format, dtype) for format, row in FORMATS.items() for dtype in row.dtypes
+        (format, dtype) for format, row in FORMATS.items() for dtype in row.dtypes if format != "web"
     }
     assert {Path(report["output"]) for report in reports} == set((tmp_path / "all").iterdir())
     config = load_model("builtin:outline2emoji", "student").config
