@@ -35,10 +35,13 @@ class ExportedStudent(ABC):
         image_size: height and width of the images it was trained on. Others may do, see `ibmd export`.
         source_scale: side of a result in units of its source's, which comes enlarged: 4 for 4× super-resolution.
         nfe: network calls per image.
+        device: "cpu".
 
     Raises:
         IbmdError: `config` does not describe a student.
     """
+
+    device = "cpu"
 
     def __init__(self, config: dict[str, Any], file: Path, inputs: Sequence[str]) -> None:
         self.config, self.file, self.inputs = config, file, tuple(inputs)

@@ -57,6 +57,37 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+def write_file(path: Path, data: bytes, replace: bool = True) -> None:
+    """Write a file, whole or not at all, as `atomic_file` does, with as few calls of the system as will do.
+
+    Args:
+        path: its folder is made.
+        data: all that it is to hold.
+        replace: whether it takes the place of a file that is there by then.
+
+    Raises:
+        FileExistsError: there is one, and `replace` is false.
+    """
+    new, flags = _beside(path, f".tmp{path.suffix}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+    try:
+        handle = os.open(new, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(new, flags, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        if replace:
+            os.replace(new, path)
+        else:
+            _name(new, path)
+    finally:
+        if os.path.lexists(new):
+            os.unlink(new)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, which takes its place if the block ends well."""

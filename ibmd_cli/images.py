@@ -1,4 +1,7 @@
-"""Images in folders, as Pillow images, as tensors, and in the sizes that models see."""
+"""Images in folders, as Pillow images, as arrays, as tensors, and in the sizes that models see.
+
+Only what returns tensors imports PyTorch, and only when it is called: `ibmd sample` runs exported students without it.
+"""
 
 import errno
 import os
@@ -8,15 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ibmd_cli.decoding import MAX_PIXELS, read_picture, shown
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.files import why
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")
 """Endings of the names that count as images when a folder is searched."""
@@ -129,27 +134,44 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return read_picture(path, max_pixels).rgb
 
 
-# ---------------------------------------------------------------------------------------------------- tensors
+# --------------------------------------------------------------------------------------------- arrays, tensors
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_array(image: Image.Image) -> np.ndarray:
+    """Return the pixels of an RGB image, uint8 (3, H, W); for one of mode 1, bool (1, H, W)."""
+    pixels = np.array(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def scaled(x: np.ndarray) -> np.ndarray:
+    """Bring uint8 pixels to float32 in [-1, 1]; what is float32 stays as it is."""
+    return x / np.float32(127.5) - np.float32(1) if x.dtype == np.uint8 else x
+
+
+def to_image(x: "np.ndarray | Tensor") -> Image.Image:
+    """Convert float (3, H, W) in [-1, 1] to an RGB image; rounds as `to_uint8`."""
+    pixels = np.rint((np.asarray(x) + 1) * 127.5)
+    pixels = np.fmin(np.fmax(pixels, 0), 255).astype(np.uint8)  # NaN, of a student that is no good, becomes 0
+    return Image.fromarray(pixels.transpose(1, 2, 0))
+
+
+def to_tensor(image: Image.Image) -> "Tensor":
     """Convert an RGB image to float32 (3, H, W) in [-1, 1]."""
-    return to_uint8(image).float() / 127.5 - 1
+    import torch
+
+    return torch.from_numpy(scaled(to_array(image)))
 
 
-def to_image(x: Tensor) -> Image.Image:
-    """Convert (3, H, W) in [-1, 1] to an RGB image."""
-    return Image.fromarray(to_uint8(x).permute(1, 2, 0).contiguous().numpy())
-
-
-def to_uint8(x: Tensor | Image.Image) -> Tensor:
+def to_uint8(x: "Tensor | Image.Image") -> "Tensor":
     """Quantise (…, H, W) in [-1, 1] to uint8, or give the pixels of an RGB image, (3, H, W).
 
     Rounds, so that pixels which come from a file are the same again; published evaluations of DDBM and DBIM truncate.
     """
-    if isinstance(x, Tensor):
-        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-    return torch.from_numpy(np.array(x)).permute(2, 0, 1)
+    import torch
+
+    if isinstance(x, Image.Image):
+        return torch.from_numpy(to_array(x))
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------ sizes
@@ -172,35 +194,41 @@ class Geometry:
     canvas: tuple[int, int]
 
 
-def fit(image: Image.Image, side: int, mode: str = "pad") -> tuple[Tensor, Geometry]:
-    """Bring an RGB image to the square size of a model.
+def arrange(size: tuple[int, int], side: int, mode: str = "pad") -> Geometry:
+    """Say how an image is to lie in the square of a model.
 
     Args:
-        image: of any size.
+        size: (width, height) of the image.
         side: height and width that the model takes.
         mode: "pad" (all of the image, centred on the median colour of its own border: paper stays paper), "crop" (its
             central square), "stretch" (all of it, distorted), or "tile" (all of it in its own size, for `tiles`; padded
             where it is smaller than the model). Tiles do not see each other: right for restoration and
             super-resolution, wrong where the whole layout says what a part is, as with drawings.
-
-    Returns:
-        x: float32 (3, side, side) in [-1, 1]; with "tile", height and width are at least `side`.
-        geometry: the way back, for `unfit`.
     """
-    width, height = image.size
+    width, height = size
     seen, canvas = (0, 0, width, height), (side, side)
-    size = canvas
+    filled = canvas
     if mode == "crop":
         short = min(width, height)
         left, upper = (width - short) // 2, (height - short) // 2
         seen = (left, upper, left + short, upper + short)
     elif mode == "pad":
         w, h = (max(1, round(length * side / max(width, height))) for length in (width, height))
-        size = (w, h)
+        filled = (w, h)
     elif mode == "tile":
-        size, canvas = (width, height), (max(width, side), max(height, side))
-    left, upper = (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2
-    geometry = Geometry(image.size, seen, (left, upper, left + size[0], upper + size[1]), canvas)
+        filled, canvas = (width, height), (max(width, side), max(height, side))
+    left, upper = (canvas[0] - filled[0]) // 2, (canvas[1] - filled[1]) // 2
+    return Geometry(size, seen, (left, upper, left + filled[0], upper + filled[1]), canvas)
+
+
+def fit(image: Image.Image, side: int, mode: str = "pad") -> "tuple[Tensor, Geometry]":
+    """Bring an RGB image to the square size of a model; arguments as `arrange`.
+
+    Returns:
+        x: float32 (3, side, side) in [-1, 1]; with "tile", height and width are at least `side`.
+        geometry: the way back, for `unfit`.
+    """
+    geometry = arrange(image.size, side, mode)
     return to_tensor(lay(image, geometry)), geometry
 
 
@@ -214,20 +242,20 @@ def lay(image: Image.Image, geometry: Geometry) -> Image.Image:
     return canvas
 
 
-def lay_mask(mask: Image.Image, geometry: Geometry) -> Tensor:
-    """Lay a mask (mode 1) on the canvas as `fit` does with its image; bool (1, H, W), the rest is False."""
+def lay_mask(mask: Image.Image, geometry: Geometry) -> Image.Image:
+    """Lay a mask (mode 1) on the canvas as `lay` does with its image; the rest is False."""
     canvas = Image.new("1", geometry.canvas)
     part = mask.resize(_size(geometry.place), Image.Resampling.NEAREST, geometry.seen)
     canvas.paste(part, geometry.place)
-    return torch.from_numpy(np.array(canvas))[None]
+    return canvas
 
 
 def unfit(image: Image.Image, geometry: Geometry) -> Image.Image:
-    """Undo `fit`: an image of the original size; what the model did not see (mode "crop") is white.
+    """Undo `lay`: an image of the original size; what the model did not see (mode "crop") is white.
 
     Args:
         image: the canvas, or an enlargement of it.
-        geometry: from `fit`.
+        geometry: from `arrange`.
     """
     part = _resize(image, _size(geometry.seen), enlarged(geometry.place, image.width // geometry.canvas[0]))
     if part.size == geometry.size:

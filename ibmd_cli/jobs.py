@@ -208,7 +208,9 @@ def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Pla
     plan = Plan()
     sources = list(_find(config, plan.problems))
     _check_output(sources, config)
-    jobs = [Job(source, v, _output(source, v, config)) for source in sources for v in range(1, config.variants + 1)]
+    folder = config.output is not None and _is_folder(config.output)
+    variants = range(1, config.variants + 1)
+    jobs = [Job(source, v, _output(source, v, config, folder)) for source in sources for v in variants]
     if config.to_stdout:
         plan.jobs = jobs
         return plan
@@ -339,7 +341,7 @@ def _is_folder(output: str) -> bool:
     return output.endswith(("/", os.sep)) or os.path.isdir(output) or not PurePath(output).suffix
 
 
-def _output(source: Source, variant: int, config: SampleConfig) -> Path | None:
+def _output(source: Source, variant: int, config: SampleConfig, folder: bool) -> Path | None:
     mark = f".{variant}" if config.variants > 1 else ""
     name = PurePath(source.name)
     if config.to_stdout:
@@ -347,7 +349,7 @@ def _output(source: Source, variant: int, config: SampleConfig) -> Path | None:
     if config.output is None:
         return Path(str(source)).with_name(f"{name.stem}.ibmd{mark}{config.suffix}")
     output = Path(config.output)
-    if _is_folder(config.output):
+    if folder:
         return output / name.with_name(f"{name.stem}{mark}{config.suffix}")
     return output.with_name(f"{output.stem}{mark}{output.suffix}")
 
@@ -359,10 +361,12 @@ def _unique(jobs: Sequence[Job]) -> list[Job]:
     for job in jobs:
         place = os.path.realpath(str(job.output))
         other = makers.setdefault(place, job)
-        first, source, output = (shown(str(path)) for path in (other.source, job.source, job.output))
         if place in inputs:
-            raise UsageError(f"{source}: its output {output} is an input, too; give another --output")
-        if other.variant != job.variant or not _same(other.source, job.source):
+            raise UsageError(
+                f"{shown(str(job.source))}: its output {shown(str(job.output))} is an input, too; give another --output"
+            )
+        if other is not job and (other.variant != job.variant or not _same(other.source, job.source)):
+            first, source, output = (shown(str(path)) for path in (other.source, job.source, job.output))
             raise UsageError(f"{first} and {source} would both become {output}; {_apart(other.source, job.source)}")
     return list(makers.values())
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils.parametrize import register_parametrization
 
-from ibmd_cli.distillation import Sources
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.exported import INPUTS, METADATA, Draw, ExportedStudent, check
 from ibmd_cli.models import DTYPES, Student
@@ -183,27 +182,9 @@ class ProgramStudent(ExportedStudent):
         return [v.numpy() for v in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
-class ExportedModel:
-    """An exported student where a `models.Student` may be: tensors in and out, on the CPU."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, exported: ExportedStudent) -> None:
-        self.exported, self.config, self.name, self.nfe = exported, exported.config, exported.name, exported.nfe
-        self.image_size, self.source_scale = exported.image_size, exported.source_scale
-
-    def translate(self, batch: Sources, rng: Sequence[torch.Generator]) -> Tensor:
-        """Translate sources (B, 3, H, W) in [-1, 1], with a random stream for each; returns the same shape."""
-        mask, label = (None if v is None else v.numpy() for v in (batch.mask, batch.label))
-        return torch.from_numpy(self.exported.translate(batch.x_T.numpy(), [_draw(r) for r in rng], mask, label))
-
-
 def torch_draw(seed: int, *place: int | str) -> Draw:
     """Return the random stream `noise.stream(seed, *place)` for exported students."""
-    return _draw(stream(seed, *place))
-
-
-def _draw(rng: torch.Generator) -> Draw:
+    rng = stream(seed, *place)
     return lambda shape: torch.randn(*shape, generator=rng).numpy()
 
 

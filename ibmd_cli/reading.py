@@ -1,6 +1,5 @@
 """Read inputs for `ibmd sample`, each with its mask and its class, ready for the model."""
 
-import csv
 import io
 import os
 import sys
@@ -14,6 +13,7 @@ from ibmd_cli.decoding import Picture, decode, read_picture, shown
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import why
 from ibmd_cli.jobs import Job, SampleConfig, Source
+from ibmd_cli.labels import label_of, read_labels
 from ibmd_cli.sharing import Claims
 from ibmd_cli.sheets import thumbnail
 from ibmd_cli.translating import Piece, Translator
@@ -62,9 +62,9 @@ class Inputs:
             ("--mask FILE, --mask FOLDER or --mask center,", self.mask, translator.fill),
         ):
             if needed and given is None:
-                raise UsageError(f"{translator.model.name}: takes {option} beside the image")
+                raise UsageError(f"{translator.engine.name}: takes {option} beside the image")
             if given is not None and not needed:
-                raise UsageError(f"{translator.model.name}: takes no {option.split()[0]}; leave it out")
+                raise UsageError(f"{translator.engine.name}: takes no {option.split()[0]}; leave it out")
         if self.mask not in (None, "center") and not os.path.exists(str(self.mask)):
             raise UsageError(f"--mask {shown(str(self.mask))}: no such file or folder")
 
@@ -102,12 +102,9 @@ class Inputs:
         return decode(io.BytesIO(content), "stdin", limit, alpha)
 
     def _label(self, source: Source) -> int | None:
-        if not isinstance(self.label, dict):
-            return self.label
-        for key in (str(source), source.name):
-            if key in self.label:
-                return self.label[key]
-        raise IbmdError(f"{shown(source.name)}: no class for it in {self.config.label}")
+        if isinstance(self.label, dict):
+            return label_of(self.label, str(source), source.name, str(self.config.label))
+        return self.label
 
     def _mask(self, source: Source, picture: Picture) -> Image.Image | None:
         if self.mask is None:
@@ -140,10 +137,4 @@ def _labels(label: str | None) -> int | dict[str, int] | None:
     """Read `--label`: a class, or a CSV file with lines PATH,CLASS."""
     if label is None or label.lstrip("-").isdigit():
         return None if label is None else int(label)
-    try:
-        with open(label, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            return {path: int(number) for path, number in csv.reader(file)}
-    except OSError as error:
-        raise UsageError(f"--label {shown(label)}: not a class, and no file {why(error)}") from error
-    except ValueError as error:
-        raise UsageError(f"--label {shown(label)}: expected lines PATH,CLASS ({error})") from error
+    return read_labels(label, "--label")

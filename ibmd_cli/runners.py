@@ -1,4 +1,4 @@
-"""Exported students at work, on the CPU: `load_exported("student.onnx")` or `.pt2`.
+"""Exported students at work, on the CPU: `load_exported("student.onnx")` or `.pt2`, also `hf://OWNER/REPO/FILE`.
 
 For an ONNX file, ONNX Runtime and NumPy do: PyTorch is not imported, and it starts in a fraction of a second.
 """
@@ -10,19 +10,36 @@ import numpy as np
 
 from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.exported import METADATA, Draw, ExportedStudent, check
+from ibmd_cli.hub import download, parse_hf
 from ibmd_cli.normals import Normals
 
 SUFFIXES = (".onnx", ".pt2")
 """Endings of the names of such files."""
 
 
-def load_exported(file: Path) -> ExportedStudent:
+def is_exported(reference: str) -> bool:
+    """Tell whether a reference names such a file, on this machine or on the Hub."""
+    if reference.startswith("hf://"):
+        reference = parse_hf(reference)[2] or ""
+    return reference.endswith(SUFFIXES)
+
+
+def load_exported(reference: str | Path, quiet: bool = False) -> ExportedStudent:
     """Load a student from an ONNX file or a PyTorch program, to translate with.
+
+    Args:
+        reference: a path, or `hf://OWNER/REPO[@REVISION]/FILE`.
+        quiet: show no progress of a download.
 
     Raises:
         NotAvailable: there is no such file, or what runs it is not installed.
         IbmdError: the file is no student of ibmd, is damaged, or draws its noise itself.
     """
+    if str(reference).startswith("hf://"):
+        repo, revision, name = parse_hf(str(reference))
+        file = download(repo, name or "", revision=revision, quiet=quiet)
+    else:
+        file = Path(reference)
     if not file.is_file():
         raise NotAvailable(f"no student {str(file)!r}: no such file")
     student = open_exported(file)

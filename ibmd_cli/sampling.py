@@ -1,8 +1,10 @@
 """Translate image files: read, translate and write them, all three at the same time, and report on each.
 
 Threads read ahead of the network and write behind it, never more than a few batches, so memory does not grow with the
-number of files. Pictures are reported in the order of their inputs, as soon as they are written; what cannot be read,
-or is done by another run, as soon as its turn has come to enter the network.
+number of files. All share Python's lock with the network, which wants it for each of hundreds of operations. So where
+images are small, a thread takes a batch at a time, and few decode or encode at once; many may wait for the disk.
+Pictures are reported in the order of their inputs, as soon as they are written; what cannot be read, or is done by
+another run, as soon as its turn has come to enter the network.
 """
 
 import json
@@ -15,34 +17,29 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from threading import Semaphore
+from typing import Any, NamedTuple, TypeVar, cast
 
-import torch
 from PIL import Image
 
 from ibmd_cli import __version__
 from ibmd_cli.decoding import Budget, own_limits, shown
-from ibmd_cli.devices import resolve_device
 from ibmd_cli.encoding import SOFTWARE, encode
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.files import FULL, atomic_file, why
-from ibmd_cli.images import Geometry
+from ibmd_cli.files import FULL, why, write_file
 from ibmd_cli.jobs import Job, SampleConfig, Source, make_plan
-from ibmd_cli.models import Student, Teacher, load_model
-from ibmd_cli.programs import ExportedModel
 from ibmd_cli.reading import Inputs, Read
 from ibmd_cli.reporting import Meter, Reporter
-from ibmd_cli.runners import SUFFIXES, load_exported
+from ibmd_cli.runners import is_exported, load_exported
 from ibmd_cli.sharing import Claims, Gather, company, place
 from ibmd_cli.sheets import Sheet, thumbnail
-from ibmd_cli.teachers import load_teacher
-from ibmd_cli.translating import Piece, Translator
+from ibmd_cli.translating import Engine, Piece, Translator
 
 STUDENT = "builtin:outline2emoji"
 READERS, WRITERS = 4, 16  # threads; those that write mostly wait for the disk, and the disk serves many at once
+BATCH = 8  # images, at most, that a thread takes at a time
 SLOW = 1.0  # seconds of the network for a picture, from which on it waits until that is written and reported
 Group = tuple[Source, list[Job]]
 T = TypeVar("T")
@@ -67,14 +64,14 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
         raise UsageError("several processes: stdin, stdout and --grid are for one; give files, or start one")
     reporter.quiet = reporter.quiet or process > 0
     with company() as gather:
-        plan = _together(gather, lambda: make_plan(config, process, processes))
+        plan = _together(process, gather, lambda: make_plan(config, process, processes))
         results = _Results(config, reporter)
         try:
             for problem in plan.problems:
                 results.fail(problem.text, problem.jobs, problem.error)
             for job in plan.skipped:
                 results.skip(job)
-            inputs = _together(gather, lambda: _prepare(config, reporter) if plan.jobs else None)
+            inputs = _together(process, gather, lambda: _prepare(config, reporter) if plan.jobs else None)
             if inputs is not None:
                 _work(plan.jobs, inputs, config, results)
         except KeyboardInterrupt:
@@ -91,33 +88,35 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
     return 3 if results.failed else 0
 
 
-def _together(gather: Gather, do: Callable[[], T]) -> T:
-    """Do something in every process, and go on when all have done it; they all fail alike if one cannot."""
+def _together(process: int, gather: Gather, do: Callable[[], T]) -> T:
+    """Do something in every process, and go on when all have done it; if one cannot, all end, and the first tells."""
+    result, error = None, None
     try:
         result = do()
-    except IbmdError as error:
-        raise next(first for first in gather(error) if first) from error
-    for failure in filter(None, gather(None)):
-        raise failure
-    return result
+    except IbmdError as failure:
+        error = failure
+    errors = gather(error)
+    if first := next(filter(None, errors), None):
+        if process > 0 and len(errors) > 1:
+            raise SystemExit(first.exit_code)
+        raise first
+    return cast(T, result)
 
 
 def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
     """Load the model, and check the settings against it."""
+    engine = _load(config, reporter.quiet)
     translator = Translator(
-        _load(config, reporter.quiet),
+        engine,
         seed=config.seed,
         fit=config.fit,
         restore_size=config.restore_size,
         batch_size=config.batch_size,
-        nfe=config.nfe,
-        sampler=config.sampler,
-        options=_options(config.sampler_options),
         degradation=config.degrade,
         warn=reporter.warn,
     )
     reporter.note(
-        f"{_name(config)} on {translator.device}: {translator.nfe} network call{'s' * (translator.nfe > 1)} an image, "
+        f"{_name(config)} on {engine.device}: {engine.nfe} network call{'s' * (engine.nfe > 1)} an image, "
         f"{_size(config, translator)}"
     )
     return Inputs(config, translator)
@@ -127,10 +126,14 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: "_
     translator, reporter = inputs.translator, results.reporter
     sheet = Sheet(config.grid) if config.grid and not _keep(config.grid, config, results) else None
     whole = config.fit == "tile" or (config.restore_size and (config.alpha == "keep" or inputs.mask is not None))
-    ahead = 1 if whole else translator.size + WRITERS  # where images keep their own size, few wait at a time
-    made_by = f"ibmd {__version__} {shown(_name(config))} nfe={translator.nfe} seed={config.seed}"
+    # Where images keep their own size, few wait at a time; elsewhere, one core is the network's.
+    batch = 1 if whole else min(BATCH, translator.size)
+    ahead, behind = (1, 1) if whole else (max(4, (translator.size + WRITERS) // batch), WRITERS)  # batches
+    cores = os.cpu_count() or 1
+    coders = Semaphore(max(1, min(READERS, cores if whole else cores - 1)))
+    made_by = f"ibmd {__version__} {shown(_name(config))} nfe={translator.engine.nfe} seed={config.seed}"
     groups = [(source, list(jobs)) for source, jobs in groupby(jobs, key=lambda job: job.source)]
-    waiting: deque[Future[_Outcome]] = deque()
+    waiting: deque[_Writing] = deque()
     with own_limits(), Claims(reporter.warn) as claims, ExitStack() as meters:
         if len(jobs) > 1:
             results.meter = meters.enter_context(reporter.progress("sample", len(jobs), "images"))
@@ -142,21 +145,26 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: "_
                     translator.advance = meter.advance
                 yield piece
 
-        outputs = _Outputs(config, translator, claims, sheet, made_by)
+        def read_all(some: Sequence[Group]) -> list[Read]:
+            with coders:
+                return [inputs.read(group, claims) for group in some]
+
+        outputs = _Outputs(config, translator, claims, sheet, made_by, coders)
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
             try:
-                read = _read_ahead(readers, partial(inputs.read, claims=claims), groups, ahead)
-                for piece in translator.run(pieces()):
-                    waiting.append(writers.submit(outputs.write, piece))
-                    _report(waiting, results, most=0 if piece.seconds > SLOW else ahead)
+                read = _read_ahead(readers, read_all, _batches(groups, batch), ahead)
+                for done in _batches(translator.run(pieces()), batch):
+                    most = 0 if done[-1].seconds > SLOW else behind
+                    outcomes: deque[_Outcome] = deque()
+                    waiting.append(_Writing(writers.submit(outputs.write, done, outcomes), outcomes))
+                    _report(waiting, results, most)
                 _report(waiting, results, most=0)
             except (KeyboardInterrupt, _Stop):
                 readers.shutdown(wait=False, cancel_futures=True)
                 writers.shutdown(wait=True, cancel_futures=True)
-                for future in waiting:
-                    if not future.cancelled() and future.exception() is None:
-                        with suppress(_Stop):
-                            results.finish(future.result())
+                for outcome in [outcome for writing in waiting for outcome in writing.outcomes]:
+                    with suppress(_Stop):
+                        results.finish(outcome)
                 raise
             except BaseException:
                 for pool in (readers, writers):
@@ -169,43 +177,66 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: "_
                 results.fail(sheet.name, [], error)
 
 
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
 def _read_ahead(
-    pool: ThreadPoolExecutor, read: Callable[[Group], Read], groups: Iterable[Group], ahead: int
+    pool: ThreadPoolExecutor, read: Callable[[list[Group]], list[Read]], batches: Iterable[list[Group]], ahead: int
 ) -> Iterator[Read]:
-    """Read inputs in threads, at most `ahead` of them before the one that is asked for."""
-    waiting: deque[Future[Read]] = deque()
-    for group in groups:
-        waiting.append(pool.submit(read, group))
+    """Read inputs in threads, at most `ahead` batches of them before the one that is asked for."""
+    waiting: deque[Future[list[Read]]] = deque()
+    for batch in batches:
+        waiting.append(pool.submit(read, batch))
         if len(waiting) > ahead:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
     while waiting:
-        yield waiting.popleft().result()
+        yield from waiting.popleft().result()
 
 
-def _report(waiting: "deque[Future[_Outcome]]", results: "_Results", most: int) -> None:
-    """Report what is written, in order, and wait while there are more than `most` that are not."""
-    while waiting and (len(waiting) > most or waiting[0].done()):
-        results.finish(waiting[0].result())  # if one of the two is interrupted, it is still waiting
+class _Writing(NamedTuple):
+    """A batch that is being written, and what became of those of its pictures that are, and are not reported."""
+
+    future: Future[None]
+    outcomes: "deque[_Outcome]"
+
+
+def _report(waiting: deque[_Writing], results: "_Results", most: int) -> None:
+    """Report what is written, in order, and wait while there are more than `most` batches that are not."""
+    while waiting and (len(waiting) > most or waiting[0].future.done()):
+        future, outcomes = waiting[0]
+        future.result()
+        while outcomes:
+            results.finish(outcomes[0])  # if one of the two is interrupted, it is still waiting
+            outcomes.popleft()
         waiting.popleft()
 
 
 # ------------------------------------------------------------------------------------------------------- model
 
 
-def _load(config: SampleConfig, quiet: bool) -> Student | Teacher | ExportedModel:
-    device = resolve_device(config.device)
-    if config.student is not None and config.student.endswith(SUFFIXES) and not config.student.startswith("hf://"):
+def _load(config: SampleConfig, quiet: bool) -> Engine:
+    if config.student is not None and is_exported(config.student):
         if config.device not in ("auto", "cpu"):
             raise UsageError(f"--device {config.device}: {shown(config.student)} runs on the CPU; leave --device out")
-        return ExportedModel(load_exported(Path(config.student)))
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if config.teacher is not None:
-        return load_teacher(config.teacher, preset=config.preset, device=device, quiet=quiet)
-    student = load_model(config.student or STUDENT, "student")
-    assert isinstance(student, Student)
-    student.to(device)
-    return student
+        student = load_exported(config.student, quiet)
+        if config.nfe not in (None, student.nfe):
+            raise UsageError(f"--nfe {config.nfe}: {shown(config.student)} holds {student.nfe}; leave --nfe out")
+        return student
+    from ibmd_cli.engines import load_engine  # PyTorch takes seconds to import, and exported students do without it
+
+    return load_engine(
+        None if config.teacher else config.student or STUDENT,
+        config.teacher,
+        device=config.device,
+        nfe=config.nfe,
+        preset=config.preset,
+        sampler=config.sampler,
+        options=_options(config.sampler_options),
+        quiet=quiet,
+    )
 
 
 def _name(config: SampleConfig) -> str:
@@ -252,42 +283,63 @@ def _pieces(read: Iterable[Read], results: "_Results") -> Iterator[Piece]:
 
 
 class _Outputs:
-    """Writes translated pieces."""
+    """Encodes translated pieces, and has them written."""
 
     def __init__(
-        self, config: SampleConfig, translator: Translator, claims: Claims, sheet: Sheet | None, made_by: str
+        self,
+        config: SampleConfig,
+        translator: Translator,
+        claims: Claims,
+        sheet: Sheet | None,
+        made_by: str,
+        coders: Semaphore,
     ) -> None:
         self.config, self.translator, self.claims, self.sheet, self.made_by = config, translator, claims, sheet, made_by
-        self.budget = Budget()
+        self.coders, self.budget = coders, Budget()
 
-    def write(self, piece: Piece) -> "_Outcome":
-        """Write a translated piece."""
+    def write(self, pieces: list[Piece], outcomes: "deque[_Outcome]") -> None:
+        """Encode pieces and write them, and tell of each what became of it."""
+        with self.coders:
+            encoded = [self._encode(piece) for piece in pieces]
+        pieces.clear()  # while they wait for the disk, they have no pixels
+        for picture in encoded:
+            outcomes.append(self._save(*picture))
+            if isinstance(outcomes[-1].error, _DiskFull):
+                break
+
+    def _encode(self, piece: Piece) -> "tuple[_Outcome, bytes, Read, Image.Image | None]":
+        """Return what becomes of a piece, its bytes, its input, and its thumbnail for the sheet: no pixels are left."""
         began, (read, job) = time.monotonic(), piece.task
-        assert piece.geometry is not None
-        outcome = _Outcome(job, piece.geometry.size)
+        geometry, data, small = piece.geometry, b"", None
+        assert geometry is not None
+        outcome = _Outcome(job, geometry.size)
         try:
-            data, size, small = self._encode(piece, piece.geometry)
-            _put(data, job.output, self.config)
-            if self.sheet is not None:
-                self.sheet.add(read.source, read.source.name, job.variant, read.thumbnail, small)
-            outcome = outcome._replace(after=size)
+            with self.budget.take(math.prod(self.translator.result_size(geometry))):
+                image = self.translator.finish(piece)
+                dpi = read.dpi if image.size == geometry.size else None
+                tags = read.credits | {SOFTWARE: f"{self.made_by} variant={job.variant}"}
+                data = encode(image, self.config.suffix, self.config.quality, dpi, tags)
+                small = thumbnail(image) if self.sheet is not None else None
+            outcome = outcome._replace(after=image.size)
         except IbmdError as error:
             outcome = outcome._replace(error=error)
+        seconds = read.seconds / len(read.jobs) + piece.seconds + time.monotonic() - began
+        return outcome._replace(seconds=seconds), data, read, small
+
+    def _save(self, outcome: "_Outcome", data: bytes, read: Read, small: Image.Image | None) -> "_Outcome":
+        """Write an encoded picture."""
+        began, job = time.monotonic(), outcome.job
+        try:
+            if outcome.error is None:
+                _put(data, job.output, self.config)
+                if self.sheet is not None and small is not None and read.thumbnail is not None:
+                    self.sheet.add(read.source, read.source.name, job.variant, read.thumbnail, small)
+        except IbmdError as error:
+            outcome = outcome._replace(error=error, after=(0, 0))
         finally:
             if job.output is not None:
                 self.claims.give_back(job.output)
-        seconds = read.seconds / len(read.jobs) + piece.seconds + time.monotonic() - began
-        return outcome._replace(seconds=seconds)
-
-    def _encode(self, piece: Piece, geometry: Geometry) -> tuple[bytes, tuple[int, int], Image.Image]:
-        """Return the bytes of a picture, its size, and its thumbnail: while it waits for the disk, it has no pixels."""
-        read, job = piece.task
-        with self.budget.take(math.prod(self.translator.result_size(geometry))):
-            image = self.translator.finish(piece)
-            dpi = read.dpi if image.size == geometry.size else None
-            tags = read.credits | {SOFTWARE: f"{self.made_by} variant={job.variant}"}
-            data = encode(image, self.config.suffix, self.config.quality, dpi, tags)
-            return data, image.size, thumbnail(image)
+        return outcome._replace(seconds=outcome.seconds + time.monotonic() - began)
 
 
 class _Outcome(NamedTuple):
@@ -318,8 +370,7 @@ def _put(data: bytes, output: Path | None, config: SampleConfig) -> None:
         sys.stdout.buffer.flush()
         return
     try:
-        with atomic_file(output, replace=config.on_exists == "overwrite") as new:
-            new.write_bytes(data)
+        write_file(output, data, replace=config.on_exists == "overwrite")
     except FileExistsError as error:
         raise _Appeared(
             f"{shown(output)}: appeared meanwhile and stays as it is; choose --on-exists skip or overwrite"

@@ -18,8 +18,6 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
 from ibmd_cli.errors import UsageError
 
 try:
@@ -53,6 +51,8 @@ def company() -> Iterator[Gather]:
     if processes == 1 or "MASTER_ADDR" not in os.environ:
         yield lambda value: [value]
         return
+
+    import torch.distributed as dist  # several processes: the seconds that it takes do not matter
 
     def gather(value: Any) -> list[Any]:
         values = [None] * processes

@@ -12,9 +12,12 @@ from torch import Tensor
 from ibmd_cli import models
 from ibmd_cli.decoding import MAX_PIXELS, read_picture, to_picture
 from ibmd_cli.devices import resolve_device
-from ibmd_cli.errors import IbmdError
+from ibmd_cli.engines import TorchEngine
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.exported import ExportedStudent
 from ibmd_cli.images import find_images
-from ibmd_cli.translating import Translator
+from ibmd_cli.runners import is_exported, load_exported
+from ibmd_cli.translating import Engine, Translator
 
 
 class Student:
@@ -24,19 +27,20 @@ class Student:
         coloured = student(Image.open("drawing.png"))
 
     Args:
-        model: as `models.load_model` returns it, on its device.
+        model: as `models.load_model` returns it, on its device; or as `runners.load_exported` does.
     """
 
-    def __init__(self, model: models.Student) -> None:
+    def __init__(self, model: models.Student | ExportedStudent) -> None:
         self.model = model
+        self.engine: Engine = model if isinstance(model, ExportedStudent) else TorchEngine(model)
 
     @classmethod
     def from_pretrained(cls, reference: str = "builtin:outline2emoji", device: str = "auto") -> "Student":
         """Load a student.
 
         Args:
-            reference: `builtin:NAME`, `hf://OWNER/REPO`, the path of a model folder, of a run folder, or of a file that
-                `ibmd export` wrote.
+            reference: `builtin:NAME`, `hf://OWNER/REPO[/FILE]`, the path of a model folder, of a run folder, or of a
+                file that `ibmd export` wrote.
             device: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
         Raises:
@@ -44,6 +48,10 @@ class Student:
             UsageError: there is no such device.
             IbmdError: the model is damaged, or is a teacher.
         """
+        if is_exported(reference):
+            if device not in ("auto", "cpu"):
+                raise UsageError(f"device {device!r}: {reference} runs on the CPU")
+            return cls(load_exported(reference))
         model = models.load_model(reference, "student")
         assert isinstance(model, models.Student)
         model.to(resolve_device(device))
@@ -92,18 +100,18 @@ class Student:
                 model needs a mask or label, or does not take one; or there are not as many names as images.
         """
         _check(images)
-        translator = Translator(self.model, seed=seed, fit=fit, restore_size=restore_size, batch_size=batch_size)
+        translator = Translator(self.engine, seed=seed, fit=fit, restore_size=restore_size, batch_size=batch_size)
         count = 1 if isinstance(images, Image.Image) else len(images)
         names = [str(i) for i in range(count)] if names is None else names
         if len(names) != count:
             raise IbmdError(f"names: {len(names)} of them for {count} images")
         if isinstance(images, Tensor):
-            holes: Sequence[Tensor | None] = list(mask) if isinstance(mask, Tensor) else [None] * count
+            x_T = images.float().cpu().numpy()
+            holes = mask.cpu().numpy() if isinstance(mask, Tensor) else [None] * count
             canvases = [
-                translator.canvas(x.float().cpu(), name, hole, label)
-                for x, name, hole in zip(images, names, holes, strict=True)
+                translator.canvas(x, name, hole, label) for x, name, hole in zip(x_T, names, holes, strict=True)
             ]
-            return torch.stack([piece.x_0 for piece in translator.run(canvases) if piece.x_0 is not None])
+            return torch.stack([torch.from_numpy(piece.x_0) for piece in translator.run(canvases)])
         hole = mask if isinstance(mask, Image.Image) else None
         pictures = [images] if isinstance(images, Image.Image) else images
         pieces = [translator.prepare(to_picture(p, n), n, hole, label) for p, n in zip(pictures, names, strict=True)]
@@ -138,7 +146,7 @@ class Student:
         Raises:
             IbmdError: the folder or an image cannot be read.
         """
-        translator = Translator(self.model, seed=seed, fit=fit, restore_size=restore_size, batch_size=batch_size)
+        translator = Translator(self.engine, seed=seed, fit=fit, restore_size=restore_size, batch_size=batch_size)
         files = find_images(Path(path), recursive)
         pieces = (replace(translator.prepare(read_picture(file, max_pixels), file.name), task=file) for file in files)
         for piece in translator.run(pieces):

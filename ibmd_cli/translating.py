@@ -7,28 +7,56 @@ an image (`fit="tile"`) all start from the same stream, so that a student whose 
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
-import torch
+import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from ibmd_cli.decoding import Picture
-from ibmd_cli.degradations import check_name, degrade, fill_hole
-from ibmd_cli.distillation import Sources
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.images import Geometry, enlarged, fit, lay, lay_mask, to_image, unfit
-from ibmd_cli.models import Student, Teacher
-from ibmd_cli.mosaics import enlarge
-from ibmd_cli.noise import stream
-from ibmd_cli.programs import ExportedModel
+from ibmd_cli.images import Geometry, arrange, enlarged, lay, lay_mask, scaled, to_array, to_image, unfit
 from ibmd_cli.tiles import Tiles
 
 CPU_BATCH_PIXELS = 8 * 32 * 32  # fills a core with small images; large ones go one by one
 FITS = ("pad", "stretch", "crop", "tile")
+
+
+class Engine(Protocol):
+    """What runs a model, in NumPy arrays: `engines.TorchEngine`, or an `exported.ExportedStudent`.
+
+    Attributes:
+        config: the content of the model's `config.json`.
+        name: short name, for messages.
+        image_size: height and width of the images it was trained on.
+        source_scale: side of a result in units of its source's: 4 for 4× super-resolution.
+        nfe: network calls per image.
+        device: "cpu", "cuda:0", ….
+    """
+
+    config: dict[str, Any]
+    name: str
+    image_size: int
+    source_scale: int
+    nfe: int
+    device: str
+
+    def stream(self, seed: int, *place: int | str) -> Any:
+        """Return the random stream of a place, see `noise.stream`."""
+
+    def fill_hole(self, x_T: np.ndarray, mask: np.ndarray, rng: Sequence[Any]) -> np.ndarray:
+        """Fill the holes of sources (B, 3, H, W), where the mask (B, 1, H, W) is 1, as the model expects them."""
+
+    def translate(
+        self, x_T: np.ndarray, rng: Sequence[Any], mask: np.ndarray | None = None, label: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Translate sources, float32 (B, 3, H, W) in [-1, 1], with a random stream for each; returns the same shape.
+
+        Raises:
+            MemoryError: there is not enough for such a batch.
+        """
 
 
 @dataclass
@@ -37,7 +65,7 @@ class Piece:
 
     Attributes:
         name: names its noise, with the seed and the variant.
-        x: its canvas, (3, H, W) in [-1, 1]: a square of the model's size, or larger, in tiles.
+        x: its canvas, (3, H, W), uint8 or float32 in [-1, 1]: a square of the model's size, or larger, in tiles.
         tiles: of the canvas.
         geometry: how the image lies there; None if the canvas is all there is.
         alpha: transparency that the result is to have, mode L.
@@ -47,37 +75,34 @@ class Piece:
         variant: from 1.
         task: whatever the caller wants to find again.
         seconds: that the network spent on it so far.
-        x_0: its translation, (3, scale · H, scale · W) in [-1, 1]; None before it begins.
+        x_0: its translation, float32 (3, scale · H, scale · W) in [-1, 1]; None before it begins.
     """
 
     name: str
-    x: Tensor
+    x: np.ndarray
     tiles: Tiles
     geometry: Geometry | None = None
     alpha: Image.Image | None = None
     original: tuple[Image.Image, Image.Image] | None = None
-    hole: Tensor | None = None
+    hole: np.ndarray | None = None
     label: int | None = None
     variant: int = 1
     task: Any = None
     seconds: float = 0.0
-    x_0: Tensor | None = None
+    x_0: np.ndarray | None = None
 
 
 class Translator:
     """A model, and how images are translated with it.
 
     Args:
-        model: on the device where it is to run.
+        engine: runs the model.
         seed: of all noise.
         fit: "pad", "stretch", "crop" or "tile", see `images.fit`.
         restore_size: give results the size of their images. Otherwise they have the model's; with "tile" that of their
             image, times the factor of a super-resolution model.
         batch_size: images in the network at once. On a CPU, the model's image size decides alone.
-        nfe: network calls per image; None for what the model says.
-        sampler: of a teacher, see `samplers.SAMPLERS`; None for what it says.
-        options: of the sampler.
-        degradation: images are clean, and degraded first: a key of `degradations.DEGRADATIONS`.
+        degradation: images are clean, and degraded first: a key of `degradations.DEGRADATIONS`. Needs PyTorch.
         warn: told when memory does not suffice for the batch.
 
     Raises:
@@ -89,36 +114,24 @@ class Translator:
 
     def __init__(
         self,
-        model: Student | Teacher | ExportedModel,
+        engine: Engine,
         *,
         seed: int = 0,
         fit: str = "pad",
         restore_size: bool = False,
         batch_size: int = 16,
-        nfe: int | None = None,
-        sampler: str | None = None,
-        options: Mapping[str, Any] | None = None,
         degradation: str | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         if fit not in FITS:
             raise UsageError(f"fit {fit!r}: expected {', '.join(FITS)}")
-        if degradation is not None:
-            check_name(degradation)
-        if isinstance(model, Teacher):
-            self.nfe = nfe or int(model.config["sampling"]["nfe"])
-        else:
-            if nfe not in (None, model.nfe):
-                raise UsageError(f"--nfe {nfe}: {model.name} was distilled for {model.nfe}; leave --nfe out")
-            self.nfe = model.nfe
-        self.model, self.seed, self.fit, self.restore_size = model, seed, fit, restore_size
-        self.sampler, self.options, self.degradation, self.warn = sampler, dict(options or {}), degradation, warn
-        self.device = model.device if isinstance(model, ExportedModel) else next(model.predictor.parameters()).device
-        self.side = model.image_size
-        self.scale = 1 if degradation else model.source_scale
-        self.classes = model.config.get("classes")
-        self.fill = (model.config.get("mask") or {}).get("fill")
-        self.fixed = self.device.type == "cpu"
+        self.engine, self.seed, self.fit, self.restore_size, self.warn = engine, seed, fit, restore_size, warn
+        self.degrade = None if degradation is None else _degradation(degradation)
+        self.side = engine.image_size
+        self.scale = 1 if degradation else engine.source_scale
+        self.classes = engine.config.get("classes")
+        self.fill = (engine.config.get("mask") or {}).get("fill")
+        self.fixed = engine.device == "cpu"
         self.size = max(1, CPU_BATCH_PIXELS // self.side**2) if self.fixed else batch_size
         self.advance: Callable[[int], None] = lambda tiles: None  # told of tiles that are done
 
@@ -134,12 +147,12 @@ class Translator:
         Raises:
             IbmdError: see `canvas`.
         """
-        x, geometry = fit(picture.rgb, self.side // self.scale, self.fit)
+        geometry = arrange(picture.rgb.size, self.side // self.scale, self.fit)
         hole = None
         if mask is not None:
             mask = mask.convert("1", dither=Image.Dither.NONE).resize(picture.rgb.size, Image.Resampling.NEAREST)
-            hole = lay_mask(mask, geometry)
-        piece = self.canvas(x, name, hole, label)
+            hole = to_array(lay_mask(mask, geometry))
+        piece = self.canvas(to_array(lay(picture.rgb, geometry)), name, hole, label)
         piece.geometry, piece.alpha = geometry, picture.alpha
         if self.restore_size:
             piece.original = None if mask is None else (picture.rgb, mask)
@@ -147,11 +160,11 @@ class Translator:
             piece.alpha = lay(picture.alpha, geometry)
         return piece
 
-    def canvas(self, x: Tensor, name: str, hole: Tensor | None = None, label: int | None = None) -> Piece:
+    def canvas(self, x: np.ndarray, name: str, hole: np.ndarray | None = None, label: int | None = None) -> Piece:
         """Prepare an image that has the model's size already, or is larger and to be translated in tiles.
 
         Args:
-            x: (3, H, W) in [-1, 1].
+            x: (3, H, W), uint8 or float32 in [-1, 1].
             name: names its noise.
             hole: (1, H, W), 1 or True is to be filled.
             label: class.
@@ -161,20 +174,20 @@ class Translator:
         """
         if self.classes and (label is None or not 0 <= label < self.classes):
             raise IbmdError(
-                f"{name}: {self.model.name} needs a class from 0 to {self.classes - 1} (--label), got {label}"
+                f"{name}: {self.engine.name} needs a class from 0 to {self.classes - 1} (--label), got {label}"
             )
         if label is not None and not self.classes:
-            raise IbmdError(f"{name}: {self.model.name} has no classes; leave --label out")
+            raise IbmdError(f"{name}: {self.engine.name} has no classes; leave --label out")
         if (hole is None) != (self.fill is None):
             raise IbmdError(
-                f"{name}: {self.model.name} {'fills holes: say where with --mask' if self.fill else 'takes no --mask'}"
+                f"{name}: {self.engine.name} {'fills holes: say where with --mask' if self.fill else 'takes no --mask'}"
             )
         side = self.side // self.scale
         height, width = x.shape[-2:]
         sized = min(height, width) >= side if self.fit == "tile" else height == width == side
         if x.shape != (3, height, width) or not sized:
             more = " or more" if self.fit == "tile" else ""
-            raise IbmdError(f"{name}: shape {list(x.shape)}: {self.model.name} expects [3, {side}, {side}]{more}")
+            raise IbmdError(f"{name}: shape {list(x.shape)}: {self.engine.name} expects [3, {side}, {side}]{more}")
         return Piece(name, x, Tiles(height, width, side, self.scale), hole=hole, label=label)
 
     def run(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -186,9 +199,11 @@ class Translator:
             seconds = (time.monotonic() - began) / len(group)
             self.advance(len(group))
             for (piece, i), tile in zip(group, x_0, strict=True):
-                if piece.x_0 is None:
-                    piece.x_0 = piece.tiles.blank(3)
-                piece.tiles.add(piece.x_0, i, tile)
+                if len(piece.tiles) == 1:
+                    piece.x_0 = tile
+                else:
+                    piece.x_0 = piece.tiles.blank(3) if piece.x_0 is None else piece.x_0
+                    piece.tiles.add(piece.x_0, i, tile)
                 piece.seconds += seconds
                 if i == len(piece.tiles) - 1:
                     yield piece
@@ -215,48 +230,54 @@ class Translator:
             image.putalpha(piece.alpha.resize(image.size))
         return image
 
-    def _network(self, group: Sequence[tuple[Piece, int]]) -> Tensor:
+    def _network(self, group: Sequence[tuple[Piece, int]]) -> np.ndarray:
         """Translate tiles, half as many at a time from when memory did not suffice; (len(group), 3, side, side).
 
         From then on the last bits may differ from those of a run that had the memory.
         """
         while True:
             try:
-                return torch.cat([self._batch(group[i : i + self.size]) for i in range(0, len(group), self.size)])
-            except RuntimeError as error:
-                words = str(error)
-                if self.size == 1 or not ("out of memory" in words or "can't allocate memory" in words):
+                return np.concatenate([self._batch(group[i : i + self.size]) for i in range(0, len(group), self.size)])
+            except MemoryError:
+                if self.size == 1:
                     raise
             self.size //= 2
             images = f"image{'s' * (self.size > 1)}"
             self.warn(f"out of memory: from here on {self.size} {images} at a time (last bits may differ)")
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
-    def _batch(self, group: Sequence[tuple[Piece, int]]) -> Tensor:
+    def _batch(self, group: Sequence[tuple[Piece, int]]) -> np.ndarray:
         """Run the network on tiles. On a CPU always on `size` of them, the last one repeated if there are fewer.
 
         The kernels that PyTorch chooses depend on the size of the batch, and their last bits differ.
         """
         rows = [*group, *[group[-1]] * (self.size - len(group) if self.fixed else 0)]
-        x_T = enlarge(torch.stack([piece.tiles.cut(piece.x, i) for piece, i in rows]), self.scale)
-        if self.degradation:
-            x_T = torch.cat([degrade(x[None], self.degradation) for x in x_T])  # one by one: the batch must not matter
-        rng = [stream(self.seed, piece.name, piece.variant) for piece, _ in rows]
+        x_T = _enlarge(scaled(np.stack([piece.tiles.cut(piece.x, i) for piece, i in rows])), self.scale)
+        if self.degrade is not None:
+            x_T = np.concatenate([self.degrade(x[None]) for x in x_T])  # one by one: the batch must not matter
+        rng = [self.engine.stream(self.seed, piece.name, piece.variant) for piece, _ in rows]
         known, mask, label = x_T, None, None
         if self.fill:
             holes = [piece.tiles.cut(piece.hole, i) for piece, i in rows if piece.hole is not None]
-            mask = enlarge(torch.stack(holes).float(), self.scale)
-            x_T = fill_hole(x_T, mask, self.fill, rng)
-            mask = mask.to(self.device)
+            mask = _enlarge(np.stack(holes).astype(np.float32), self.scale)
+            x_T = self.engine.fill_hole(x_T, mask, rng)
         if self.classes:
-            label = torch.tensor([piece.label for piece, _ in rows], device=self.device)
-        batch = Sources(x_T.to(self.device), label, mask)
-        if isinstance(self.model, Teacher):
-            x_0 = self.model.translate(batch, rng, self.nfe, self.sampler, **self.options)
-        else:
-            x_0 = self.model.translate(batch, rng)
-        x_0 = x_0.cpu()
+            label = np.array([piece.label for piece, _ in rows])
+        x_0 = self.engine.translate(x_T, rng, mask, label)
         if mask is not None:
-            x_0 = torch.where(mask.cpu() > 0.5, x_0, known)
+            x_0 = np.where(mask > 0.5, x_0, known)
         return x_0[: len(group)]
+
+
+def _enlarge(x: np.ndarray, scale: int) -> np.ndarray:
+    """Enlarge images (B, C, h, w) by repetition of pixels."""
+    return x if scale == 1 else x.repeat(scale, 2).repeat(scale, 3)
+
+
+def _degradation(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a degradation of images (B, 3, H, W) in [-1, 1]."""
+    import torch
+
+    from ibmd_cli.degradations import check_name, degrade
+
+    check_name(name)
+    return lambda x: degrade(torch.from_numpy(x), name).numpy()

@@ -4,8 +4,9 @@
 
 The two alternate, so that a busy machine is unfair to neither. Loading the model is measured by itself and taken off:
 what remains is decoding, fitting, the network, encoding and writing. These go on beside the network, so `ibmd sample`
-comes to 90 % of it only where a core is idle beside the network's (--threads: fewer than there are cores). The CPU time
-tells what an image costs in all, on a busy machine, too. Peak memory shows whether it grows with the count.
+comes near to it only where a core is idle beside the network's (--threads: fewer than there are cores), and the disk
+is (each picture waits until it is there). The CPU time tells what an image costs in all, on a busy machine, too. Peak
+memory shows whether it grows with the count.
 """
 
 import argparse
@@ -22,22 +23,25 @@ import torch
 from PIL import Image
 
 from ibmd_cli.decoding import read_picture
+from ibmd_cli.engines import load_engine
 from ibmd_cli.jobs import SampleConfig
-from ibmd_cli.models import load_model
 from ibmd_cli.mosaics import embedded_sources
 from ibmd_cli.reporting import Reporter
+from ibmd_cli.runners import is_exported, load_exported
 from ibmd_cli.sampling import sample
-from ibmd_cli.translating import Translator
+from ibmd_cli.translating import Engine, Translator
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--student", default="builtin:outline2emoji", help="or a file that ibmd export wrote")
     parser.add_argument("--count", type=int, default=500, help="drawings")
     parser.add_argument("--pixels", type=int, default=256, help="height and width of a drawing")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for ONNX Runtime
     runs: dict[str, list[tuple[float, float]]] = {"loading": [], "network": [], "folder": []}
 
     @contextlib.contextmanager
@@ -55,13 +59,18 @@ def main() -> None:
             Image.fromarray(pixels).resize((args.pixels, args.pixels)).save(folder / f"{i:05d}.png")
         for number in range(args.rounds):
             with measured("loading"):
-                model = load_model("builtin:outline2emoji", "student")
-            translator = Translator(model)
+                engine: Engine
+                if is_exported(args.student):
+                    engine = load_exported(args.student)
+                else:
+                    engine = load_engine(args.student, None, device="cpu")
+            translator = Translator(engine)
             pieces = [translator.prepare(read_picture(file), file.name) for file in sorted(folder.iterdir())]
             with measured("network"):
                 for _ in translator.run(pieces):
                     pass
-            config = SampleConfig(inputs=(str(folder),), output=str(Path(place, f"out{number}")))
+            output = str(Path(place, f"out{number}"))
+            config = SampleConfig(inputs=(str(folder),), output=output, student=args.student)
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), measured("folder"):
                 assert sample(config, Reporter(quiet=True)) == 0
     medians = [[statistics.median(column) for column in zip(*rows, strict=True)] for rows in runs.values()]
