@@ -1,37 +1,41 @@
-"""`ibmd eval`: the student against its teacher on held-out pairs, with the same code, inputs and noise.
+"""`ibmd eval`: students against their teacher on held-out pairs, with the same code, inputs and noise.
 
-Every model translates the same sources; samples are rounded to uint8, as a saved image would be, before anything is
-measured. Models take turns batch by batch, so that a change in the machine's load meets all of them, and the noise
-of an image depends on seed, name and sample alone. Scores, intervals and differences: `metrics`.
+Every model translates the same sources; samples become uint8, as a saved image would be, before anything is measured.
+Models take turns batch by batch, so that a change in the machine's load meets all of them, and the noise of an image
+depends on seed, name and sample alone. What was measured of a batch is a file (`measuring`), so that an interrupted
+evaluation continues and several processes share the work; `scoring` makes the results of all files.
 """
 
 import json
-import statistics
-import time
-from collections import defaultdict
+import shlex
+import sys
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from os import environ
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ibmd_cli import __version__, metrics
+from ibmd_cli import __version__, pictures, scoring
 from ibmd_cli.devices import resolve_device
-from ibmd_cli.distillation import Sources
-from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
+from ibmd_cli.features import Network, load_network
 from ibmd_cli.files import atomic_file
-from ibmd_cli.images import find_images, read_image, shown, to_uint8
-from ibmd_cli.metrics import EffLite0, estimate
-from ibmd_cli.models import Model, Student, Teacher, load_model, sha256
-from ibmd_cli.mosaics import Pairs, embedded_pairs, labelled_grid
-from ibmd_cli.noise import stream
+from ibmd_cli.measuring import Entry, Measurement, Parts, measure
+from ibmd_cli.metrics import DEFAULT, METRICS
+from ibmd_cli.models import Model, Student, load_model, sha256
+from ibmd_cli.pairs import Pairs, batches, open_pairs
+from ibmd_cli.protocols import Protocol, find_protocol
+from ibmd_cli.references import read_reference
 from ibmd_cli.reporting import Reporter
+from ibmd_cli.reports import write_report
 from ibmd_cli.teachers import load_teacher
+from ibmd_cli.weights import check_given, locate
 
-MIN_IMAGES = 10
-GRID_COLUMNS = 12
 BUILTIN = "builtin:outline2emoji"
 
 
@@ -40,144 +44,189 @@ class EvalConfig:
     """What is evaluated, and how.
 
     Attributes:
-        student: reference of the student, or "none".
-        teacher: reference of the teacher, "none", or None for the one that the student was distilled from.
+        student: references of the students, or ("none",).
+        teacher: reference of the teacher, "none", or None for the one that the first student was distilled from.
         teacher_nfe: numbers of network calls at which the teacher is sampled.
         preset: alias of the published teacher that a checkpoint is like, where its contents cannot tell.
-        data: `builtin:NAME`, or a folder with the subfolders source/ and target/ of equal file names; None for the test
-            pairs of the embedded teacher that is measured, or that the student was distilled from.
-        samples: m, draws for each source (one for a model without randomness).
+        data: see `pairs.open_pairs`; None for the test pairs of the embedded teacher that is measured, or that the
+            student was distilled from.
+        samples: m, draws for each source (one for a model without randomness); None: 4, or 1 with a protocol.
         batch_size: most images at a time.
         seed: of all randomness.
         device: name of the device.
-        out: folder for results.json and grid.png, or None.
+        out: folder for results.json, report and pictures, or None.
+        protocol: key of `protocols.protocols()`, or None.
+        metrics: keys of `METRICS`; empty for the protocol's, or for `DEFAULT`.
+        seeds: how many times all samples are drawn, with successive seeds.
+        weights: files and folders where weights of networks may be, see `weights.locate`.
+        fetch: download weights that are not there.
+        reference: images, or their statistics, that the FID compares with; None for the targets.
+        degrade: makes sources of clean images; None for what the protocol says, "none" for pairs.
+        masks: file of the free-form masks.
+        labels: CSV file of classes.
+        fit: "crop" brings images to the model's size; "none" refuses others.
     """
 
-    student: str = BUILTIN
+    student: tuple[str, ...] = (BUILTIN,)
     teacher: str | None = None
     teacher_nfe: tuple[int, ...] = (1, 5, 20, 100)
     preset: str | None = None
     data: str | None = None
-    samples: int = 4
+    samples: int | None = None
     batch_size: int = 64
     seed: int = 0
     device: str = "auto"
     out: Path | None = None
+    protocol: str | None = None
+    metrics: tuple[str, ...] = ()
+    seeds: int = 1
+    weights: tuple[Path, ...] = ()
+    fetch: bool = False
+    reference: Path | None = None
+    degrade: str | None = None
+    masks: str = ""
+    labels: str = ""
+    fit: str = "none"
 
     def __post_init__(self) -> None:
-        if self.student == self.teacher == "none":
+        if self.student == ("none",) and self.teacher == "none":
             raise UsageError("--student none --teacher none: nothing to evaluate: name one of them")
+        if len(set(self.student)) < len(self.student) or ("none" in self.student and len(self.student) > 1):
+            raise UsageError(f"--student {' --student '.join(self.student)}: expected different students")
         if min(self.teacher_nfe, default=0) < 1:
             raise UsageError(f"--teacher-nfe {min(self.teacher_nfe, default=0)}: expected at least 1")
-        if self.samples < 2:
-            raise UsageError(f"--samples {self.samples}: the energy score and the diversity need at least 2")
-        if self.batch_size < 1:
-            raise UsageError(f"--batch-size {self.batch_size}: expected at least 1")
-
-
-@dataclass
-class Entry:
-    """A model at a number of network calls, and what was measured of it.
-
-    Attributes:
-        model: teacher or student.
-        reference: what it was loaded by.
-        sha256: of its weights.
-        nfe: network calls per image.
-        samples: draws for each source.
-        terms: score → its terms, batch by batch; see `metrics`.
-        features: pooled features (m, B, D), batch by batch.
-        seconds: per image, batch by batch.
-        images: the first sample of each source, uint8 (B, 3, H, W), batch by batch.
-    """
-
-    model: Teacher | Student
-    reference: str
-    sha256: str
-    nfe: int
-    samples: int
-    terms: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    features: list[Tensor] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    images: list[Tensor] = field(default_factory=list)
-
-    @property
-    def kind(self) -> str:
-        """Return "teacher" or "student"."""
-        return "teacher" if isinstance(self.model, Teacher) else "student"
-
-    def translate(self, batch: Sources, rng: list[torch.Generator]) -> Tensor:
-        """Translate sources; returns uint8 (B, 3, H, W) on the CPU."""
-        if isinstance(self.model, Teacher):
-            x_0 = self.model.translate(batch, rng, self.nfe).cpu()
-        else:
-            x_0 = self.model.translate(batch, rng).cpu()
-        if not x_0.isfinite().all():
-            raise IbmdError(f"{self.kind} {self.reference}: its output is not finite: the weights are damaged")
-        return to_uint8(x_0)
+        for flag, value in (("samples", self.samples), ("batch-size", self.batch_size), ("seeds", self.seeds)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{flag} {value}: expected at least 1")
+        for name in self.metrics:
+            if name not in METRICS:
+                raise UsageError(f"--metric {name}: no such metric: {nearest(name, METRICS)}")
 
 
 def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
-    """Measure a student and its teacher on pairs.
+    """Measure students and a teacher on pairs.
+
+    Run in several processes (`accelerate launch`, `--processes`), each measures a share; `out` is needed then.
 
     Args:
         config: what and how.
         reporter: for notes and progress.
 
     Returns:
-        The content of results.json.
+        The content of results.json; nothing in any but the first of several processes.
 
     Raises:
-        NotAvailable: no such model or data, or the extra `eval` is not installed.
+        NotAvailable: no such model, data or weights, or the extra `eval` is not installed.
+        UsageError: a setting that does not go with the others.
         IbmdError: pairs that do not match or are too few, images of another size than the models', `out` in use.
     """
-    if config.out is not None and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise IbmdError(f"{config.out}: exists and is not an empty folder; give another --out")
+    rank, count = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    if count > 1 and config.out is None:
+        raise UsageError("--processes: several processes need --out FOLDER, where they put what they measure")
+    if config.out is not None and rank == 0:
+        _check_out(config.out)
+    protocol = find_protocol(config.protocol)
+    check_given(config.weights)
     device = resolve_device(config.device)
-    network = EffLite0(device)
-    entries = load_entries(config, device, reporter)
+    if count > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(environ.get("LOCAL_RANK", "0")))
+    samples = config.samples or (4 if protocol is None else 1)
+    entries = load_entries(config, samples, device, reporter)
     data = config.data or _own_data(entries)
-    pairs = load_pairs(data, entries[0].model.image_size)
-    reporter.note(f"evaluating on {len(pairs.names)} pairs of {data}, device {device}")
-    if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
-    truth = measure(entries, pairs, network, config, device, reporter)
-    results = {
-        "schema": 1,
+    pairs = _open(config, protocol, data, entries)
+    names, networks, left_out = choose_metrics(config, protocol, pairs, samples, device, reporter, entries)
+    if config.reference is not None and "fid" not in (*names, *left_out):
+        raise UsageError(f"--reference {config.reference}: is of the FID, which is not measured: add --metric fid")
+    measurement = Measurement(
+        metrics=tuple(names),
+        seed=config.seed,
+        seeds=config.seeds,
+        pool=_pool(entries, pairs),
+        truncate=protocol is not None and protocol.uint8 == "truncate",
+        enlarge=(protocol.enlarge or None) if protocol else None,
+    )
+    rows = batches(len(pairs.names), config.batch_size)
+    plan = {
         "ibmd_version": __version__,
-        "settings": {
-            "data": data,
-            "images": len(pairs.names),
-            "size": list(pairs.x_0.shape[2:]),
-            "samples": config.samples,
-            "seed": config.seed,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "batch_size": len(entries[0].images[0]),
-        },
-        "protocol": metrics.protocols(data, pairs.x_0.shape, config.samples, _pool(entries)),
-        **summarise(entries, truth, config.seed),
+        "rows": [[e.kind, e.reference, e.sha256, e.nfe, e.samples] for e in entries],
+        "data": [data, pairs.digest, pairs.degradation, config.fit, config.masks, config.labels],
+        "batches": len(rows),
+        "networks": {name: network.about + network.weights for name, network in networks.items()},
+        "measurement": asdict(measurement),
     }
-    if config.out is not None:
-        with atomic_file(config.out / "results.json") as new:
-            new.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        with atomic_file(config.out / "grid.png") as new:
-            labelled_grid(grid_rows(entries, pairs)).save(new, format="png")
-        reporter.note(f"wrote {config.out / 'results.json'} and {config.out / 'grid.png'}")
-    return results
+    with _together(count), _parts(config.out, json.loads(json.dumps(plan)), rank) as parts:
+        _wait(count)
+        reporter.note(f"evaluating on {len(pairs.names)} pairs of {data}, device {device}")
+        measure(entries, pairs, rows, networks, measurement, parts, device, reporter, rank, count)
+        _wait(count)
+        if rank > 0:
+            return {}
+        reference = None
+        if config.reference is not None and "fid" in names:
+            reference = read_reference(config.reference, networks["inception"], reporter)
+        context = {
+            "command": shlex.join(["ibmd", *sys.argv[1:]]),
+            "settings": _settings(config, data, pairs, entries, samples, device, count, len(rows[0])),
+            "left_out": left_out,
+        }
+        results, terms = scoring.summarise(
+            entries, pairs.names, measurement, networks, parts, context, protocol, reference
+        )
+        if config.out is not None:
+            shown = pictures.choose(terms, len(pairs.names))
+            results |= pictures.write(config.out, shown, terms, entries, pairs, measurement, device)
+            scoring.write_scores(config.out / "scores.csv", pairs.names, terms)
+            with atomic_file(config.out / "results.json") as new:
+                new.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            write_report(config.out, results)
+            reporter.note(f"wrote {config.out / 'report.html'}, with results.json and pictures beside it")
+        return results
 
 
-def load_entries(config: EvalConfig, device: torch.device, reporter: Reporter) -> list[Entry]:
-    """Load the models and list what is measured: the student, then the teacher at each number of calls."""
+def _settings(
+    config: EvalConfig,
+    data: str,
+    pairs: Pairs,
+    entries: list[Entry],
+    samples: int,
+    device: torch.device,
+    processes: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Return the settings that the results are of."""
+    return {
+        "data": data,
+        "images": len(pairs.names),
+        "size": [entries[0].model.image_size] * 2,
+        "samples": samples,
+        "seed": config.seed,
+        "seeds": config.seeds,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "batch_size": batch_size,
+        "protocol": config.protocol,
+        "reference": None if config.reference is None else str(config.reference),
+        "degrade": pairs.degradation or None,
+        "torch": torch.__version__,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+
+def load_entries(config: EvalConfig, samples: int, device: torch.device, reporter: Reporter) -> list[Entry]:
+    """Load the models and list what is measured: the students, then the teacher at each number of calls."""
     entries = []
     reference, preset, recorded = config.teacher, config.preset, None
-    if config.student != "none":
-        student = load_model(config.student, "student")
+    named = [name for name in config.student if name != "none"]
+    for i, name in enumerate(named):
+        student = load_model(name, "student")
         assert isinstance(student, Student)
         random = student.nfe > 1 or student.setup.noise_shape is not None
-        samples = config.samples if random else 1
-        entries.append(Entry(student, config.student, _digest(student), student.nfe, samples))
-        if reference is None:
+        label = "student" if len(named) == 1 else f"student {chr(ord('A') + i)}"
+        entries.append(Entry(student, label, name, _digest(student), student.nfe, samples if random else 1))
+        if i == 0 and reference is None:
             reference, recorded = student.config["teacher"]["reference"], student.config["teacher"]["sha256"]
             preset = preset or student.config["training"].get("preset") or None
     if reference != "none":
@@ -190,15 +239,17 @@ def load_entries(config: EvalConfig, device: torch.device, reporter: Reporter) -
             raise NotAvailable(f"the student's teacher: {error}; name it with --teacher (or none)") from error
         digest = _digest(teacher)
         if recorded not in (None, digest):
-            reporter.warn(f"{config.student} was distilled from other weights of {reference} than are there now")
+            reporter.warn(f"{named[0]} was distilled from other weights of {reference} than are there now")
         for nfe in sorted({teacher.network_calls(nfe) for nfe in config.teacher_nfe}):
-            entries.append(Entry(teacher, reference, digest, nfe, config.samples if nfe > 1 else 1))
-    size = entries[0].model.image_size
+            entries.append(Entry(teacher, "teacher", reference, digest, nfe, samples if nfe > 1 else 1))
+    first = entries[0].model
     for entry in entries:
-        if entry.model.config["classes"] or entry.model.config["mask"]:
-            raise IbmdError(f"{entry.reference}: needs classes or masks, which pairs of images do not have")
-        if (other := entry.model.image_size) != size:
-            raise IbmdError(f"{entry.reference}: for images of {other}×{other}, the student for {size}×{size}")
+        if (other := entry.model.image_size) != first.image_size:
+            size = first.image_size
+            raise IbmdError(f"{entry.reference}: for images of {other}×{other}, {entries[0].label} for {size}×{size}")
+        for key in ("classes", "mask"):
+            if bool(entry.model.config[key]) != bool(first.config[key]):
+                raise IbmdError(f"{entry.reference}: with {key}, or without, unlike {entries[0].reference}")
         entry.model.to(device)
     return entries
 
@@ -206,11 +257,6 @@ def load_entries(config: EvalConfig, device: torch.device, reporter: Reporter) -
 def _digest(model: Model) -> str:
     assert model.weights is not None
     return sha256(model.weights)
-
-
-def _pool(entries: list[Entry]) -> int:
-    """Return the pooling of the energy score: none for super-resolution, whose sources give the pooled pixels away."""
-    return 4 if entries[0].model.source_scale == 1 else 1
 
 
 def _own_data(entries: list[Entry]) -> str:
@@ -222,141 +268,134 @@ def _own_data(entries: list[Entry]) -> str:
     raise UsageError("--data: no test pairs belong to these models: give a folder with source/ and target/")
 
 
-def load_pairs(data: str, size: int) -> Pairs:
-    """Read pairs of `size` × `size` pixels: embedded ones, or a folder with source/ and target/.
+def _pool(entries: list[Entry], pairs: Pairs) -> int:
+    """Return the pooling of the energy score: none for super-resolution, whose sources give the pooled pixels away."""
+    return 1 if entries[0].model.source_scale > 1 or pairs.degradation.startswith("sr4x") else 4
+
+
+def _open(config: EvalConfig, protocol: Protocol | None, data: str, entries: list[Entry]) -> Pairs:
+    model = entries[0].model.config
+    degrade = config.degrade if config.degrade is not None else protocol.degrade if protocol else ""
+    if degrade == "teacher":
+        degrade = model.get("degradation") or ""
+        if not degrade:
+            raise UsageError(f"--protocol {config.protocol}: {model['name']} names no degradation: give --degrade NAME")
+    side_by_side = not data.startswith("builtin:") and not (Path(data) / "source").is_dir()
+    return open_pairs(
+        data,
+        model,
+        degrade="" if degrade == "none" else degrade,
+        masks=config.masks,
+        labels=config.labels,
+        layout=protocol.layout if protocol and side_by_side and config.degrade is None else "",
+        crop=config.fit == "crop",
+        seed=config.seed,
+    )
+
+
+def choose_metrics(
+    config: EvalConfig,
+    protocol: Protocol | None,
+    pairs: Pairs,
+    samples: int,
+    device: torch.device,
+    reporter: Reporter,
+    entries: list[Entry],
+) -> tuple[list[str], dict[str, Network], dict[str, str]]:
+    """Choose what is measured, and load the networks for it.
+
+    Returns:
+        Names of metrics, in the order of `METRICS`; networks by name; and the metrics that are left out, with the
+        reason in one line.
 
     Raises:
-        NotAvailable: there is nothing of that name.
-        IbmdError: names that do not match, images of another size, too few pairs.
+        NotAvailable: a network of the extra `eval` is not installed, or nothing is left.
+        IbmdError: too few images for a metric that was asked for by its name.
     """
-    pairs = embedded_pairs(data.removeprefix("builtin:")) if data.startswith("builtin:") else read_pairs(Path(data))
-    if len(pairs.names) < MIN_IMAGES:
-        raise IbmdError(
-            f"--data {data}: {len(pairs.names)} pairs are too few for kid_efflite0: {MIN_IMAGES} are needed"
-        )
-    height, width = pairs.x_0.shape[2:]
-    if (height, width) != (size, size):
-        raise IbmdError(f"--data {data}: images of {width}×{height}, but the model is for {size}×{size}")
-    return pairs
+    asked = config.metrics or (protocol.metrics if protocol else DEFAULT)
+    size, mode = entries[0].model.image_size, protocol.inception if protocol else "tensorflow"
+    enlarge = (protocol.enlarge or None) if protocol else None
+
+    def find(file: str) -> Path:
+        return locate(file, config.weights, config.fetch, reporter.quiet)
+
+    names, networks, left_out = [], dict[str, Network](), dict[str, str]()
+    for name in (name for name in METRICS if name in asked):
+        metric = METRICS[name]
+        reason = _hindrance(name, len(pairs.names), size, samples, pairs.classes)
+        if reason and len(pairs.names) < metric.needs and (name in config.metrics or name in DEFAULT):
+            raise IbmdError(f"{config.data or 'the data'}: {reason}")
+        if not reason and metric.network and metric.network not in networks:
+            try:
+                networks[metric.network] = load_network(metric.network, device, mode, enlarge, find)
+            except NotAvailable as error:
+                if metric.network == "efflite0":
+                    raise
+                reason = str(error)
+            else:
+                if size < networks[metric.network].smallest:
+                    reason = f"needs images of at least {networks.pop(metric.network).smallest} pixels"
+        if reason:
+            left_out[name] = reason
+            reporter.note(f"left out: {name}: {reason}")
+        else:
+            names.append(name)
+    if not names:
+        raise NotAvailable(f"nothing is left to measure: {'; '.join(f'{n}: {why}' for n, why in left_out.items())}")
+    return names, networks, left_out
 
 
-def read_pairs(folder: Path) -> Pairs:
-    """Read a folder of pairs: the images in source/ and target/, with equal names, all of one size."""
-    sides = ("source", "target")
-    files: dict[str, dict[str, Path]] = {}
-    for side in sides:
-        if not (root := folder / side).is_dir():
-            raise NotAvailable(f"--data {folder}: no folder {root}; expected source/ and target/ in it")
-        files[side] = {file.relative_to(root).as_posix(): file for file in find_images(root)}
-    both = files["source"].keys() & files["target"].keys()
-    lone = [f"{side}/{shown(name)}" for side in sides for name in sorted(files[side].keys() - both)]
-    if lone:
-        more = f" and {len(lone) - 5} more" if len(lone) > 5 else ""
-        raise IbmdError(f"--data {folder}: no partner of equal name for {', '.join(lone[:5])}{more}")
-    names = sorted(both)
-    images: dict[str, list[Tensor]] = {side: [] for side in sides}
-    for side in sides:
-        for name in names:
-            images[side].append(to_uint8(read_image(files[side][name])))
-            if (shape := images[side][-1].shape) != (first := images["source"][0].shape):
-                sizes = f"{shape[2]}×{shape[1]}, others of {first[2]}×{first[1]}"
-                raise IbmdError(f"--data {folder}: {side}/{shown(name)} is of {sizes}: expected one size")
-    return Pairs(names, *(torch.stack(images[side]) if names else torch.empty(0, 3, 0, 0) for side in sides))
+def _hindrance(name: str, images: int, size: int, samples: int, classes: bool) -> str | None:
+    """Say why a score cannot be measured on these data."""
+    needs = METRICS[name].needs
+    if images < needs:
+        return f"{images} pairs are too few for {name}: {needs} are needed"
+    if name in ("energy_score", "diversity") and samples < 2:
+        return f"{name} needs --samples 2 or more"
+    if name == "ssim" and size < 11:
+        return "ssim needs images of at least 11 pixels"
+    if name == "resnet50_accuracy" and not classes:
+        return "the true classes are not known: give --labels FILE, or clean images in a folder for each class"
+    return None
 
 
-def measure(
-    entries: list[Entry], pairs: Pairs, network: EffLite0, config: EvalConfig, device: torch.device, reporter: Reporter
-) -> Tensor:
-    """Translate all sources with all entries, filling in what is measured; return the truth's features (N, D)."""
-    features = []
-    with reporter.progress("evaluating", sum(e.samples * e.nfe for e in entries) * len(pairs.names), "call") as meter:
-        for i, (names, x_T, truth) in enumerate(_batches(pairs, config.batch_size)):
-            batch = Sources(x_T.to(device))
-            pooled, maps = network(truth)
-            features.append(pooled)
-            if i == 0:  # the first call of a network is slower: not timed
-                for entry in {id(e.model): e for e in reversed(entries)}.values():
-                    entry.translate(batch, [stream(0)] * len(names))
-            for entry in entries:
-                draws, found, distances = [], [], []
-                for draw in range(entry.samples):
-                    rng = [stream(config.seed, "eval", name, draw) for name in names]
-                    began = time.perf_counter()
-                    draws.append(entry.translate(batch, rng))
-                    entry.seconds.append((time.perf_counter() - began) / len(names))
-                    drawn, drawn_maps = network(_floats(draws[-1]))
-                    found.append(drawn)
-                    distances.append(metrics.map_distance(drawn_maps, maps).cpu())
-                    meter.advance(len(names) * entry.nfe)
-                samples = _floats(torch.stack(draws))
-                entry.terms["energy_score"].append(metrics.energy_score(samples, truth, _pool(entries)))
-                entry.terms["efflite0_distance"].append(torch.stack(distances).mean(0))
-                entry.terms["psnr"].append(metrics.psnr(samples, truth))
-                entry.terms["diversity"].append(metrics.diversity(samples))
-                entry.features.append(torch.stack(found))
-                entry.images.append(draws[0])
-    return torch.cat(features)
+# ------------------------------------------------------------------------------------------------- parts, processes
 
 
-def summarise(entries: list[Entry], truth: Tensor, seed: int) -> dict[str, Any]:
-    """Turn the terms into scores with intervals, and into differences student − teacher.
-
-    Args:
-        entries: measured.
-        truth: features of the true images (N, D).
-        seed: of the bootstrap.
-    """
-    weights = metrics.resamples(len(truth), metrics.RESAMPLES, stream(seed, "bootstrap"))
-    terms: list[dict[str, Tensor]] = []
-    rows: list[dict[str, Any]] = []
-    for entry in entries:
-        scores = {name: torch.cat(parts) for name, parts in entry.terms.items()}
-        scores["kid_efflite0"] = metrics.kid_terms(torch.cat(entry.features, dim=1), truth)
-        terms.append(scores)
-        rows.append(
-            {
-                "model": entry.kind,
-                "reference": entry.reference,
-                "sha256": entry.sha256,
-                "nfe": entry.nfe,
-                "samples": entry.samples,
-                **{name: estimate(values, weights)._asdict() for name, values in scores.items()},
-                "ms_per_image": 1000 * statistics.median(entry.seconds),
-            }
-        )
-    differences = []
-    for i, row in enumerate(rows):
-        if rows[0]["model"] == "student" and row["model"] == "teacher":
-            spread = row["diversity"]["value"]
-            differences.append(
-                {
-                    "teacher_nfe": row["nfe"],
-                    **{n: estimate(v - terms[i][n], weights)._asdict() for n, v in terms[0].items()},
-                    "diversity_ratio": rows[0]["diversity"]["value"] / spread if spread > 0 else None,
-                    "speed_up": row["ms_per_image"] / rows[0]["ms_per_image"],
-                }
-            )
-    floor = metrics.kid_floor(truth, metrics.RESAMPLES, stream(seed, "floor"))
-    floors = {"kid_efflite0": {**floor._asdict(), "images": len(truth) // 2}}
-    return {"rows": rows, "differences": differences, "floor": floors}
+def _check_out(out: Path) -> None:
+    """Refuse a folder that holds something else than a part of an evaluation."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "parts").is_dir())):
+        raise IbmdError(f"{out}: exists and is not an empty folder; give another --out")
 
 
-def grid_rows(entries: list[Entry], pairs: Pairs) -> dict[str, Tensor]:
-    """Choose what the grid shows, for evenly spaced names: source, teacher at fewest and most calls, student, truth."""
-    n = len(pairs.names)
-    chosen = torch.linspace(0, n - 1, min(n, GRID_COLUMNS)).round().long()
-    teachers = [entry for entry in entries if entry.kind == "teacher"]
-    shown = [*teachers[:1], *teachers[1:][-1:], *(entry for entry in entries if entry.kind == "student")]
-    middle = {f"{entry.kind}, {entry.nfe} NFE": torch.cat(entry.images)[chosen] for entry in shown}
-    return {"source": pairs.x_T[chosen], **middle, "truth": pairs.x_0[chosen]}
+@contextmanager
+def _parts(out: Path | None, plan: dict[str, Any], rank: int) -> Iterator[Parts]:
+    """Give the folder of what is measured: `out`/parts, which is removed at the end, or a temporary one."""
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Parts(Path(folder), plan)
+        return
+    parts = Parts(out / "parts", plan)
+    if rank == 0:
+        parts.begin()
+    yield parts
+    if rank == 0:
+        parts.remove()
 
 
-def _batches(pairs: Pairs, batch_size: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """Yield names, sources and targets in batches of nearly equal size, images as floats in [-1, 1]."""
-    count = -(-len(pairs.names) // batch_size)
-    for rows in torch.arange(len(pairs.names)).chunk(count):
-        yield [pairs.names[i] for i in rows], _floats(pairs.x_T[rows]), _floats(pairs.x_0[rows])
+@contextmanager
+def _together(count: int) -> Iterator[None]:
+    """Let processes wait for one another."""
+    if count == 1:
+        yield
+        return
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
-def _floats(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
+def _wait(count: int) -> None:
+    if count > 1:
+        torch.distributed.barrier()

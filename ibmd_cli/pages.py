@@ -1,10 +1,9 @@
 """`run.html`: a run on one page, made of what is in its folder. One file, no scripts, nothing loaded from elsewhere."""
 
-import base64
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from html import escape
@@ -15,6 +14,7 @@ from PIL import Image
 
 from ibmd_cli.files import atomic_file
 from ibmd_cli.logs import LAG, read_log
+from ibmd_cli.markup import Points, across, asset, chart, data_uri, polyline, upwards
 
 PREVIEWS = 6
 """On the page, evenly spaced over the run."""
@@ -22,26 +22,10 @@ WIDEST = 1024
 """Pixels; wider previews are scaled down."""
 REFRESH = 30
 """Seconds after which a browser loads the page of a running run again."""
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 48, 8, 8, 20
-
-Points = list[tuple[float, float]]
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8886; --a: #2a78d6; --b: #c2571a; --warn: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --a: #6aa9f4; --b: #f0975f; --warn: #ff8a80 } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
-.facts, .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 8rem), 1fr)) }
-.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
-.facts b { display: block; font-size: 1.2rem } figure { margin: 0 } figcaption { font-weight: 600 }
-.warning { color: var(--warn) } small.b { white-space: nowrap } small, .note { opacity: 0.75; font-weight: 400 }
-svg, img { width: 100%; height: auto; display: block } img { max-width: 56rem; image-rendering: pixelated }
-svg text { font: 11px system-ui, sans-serif; fill: currentColor; opacity: 0.75 }
-.a { stroke: var(--a); color: var(--a) } .b { stroke: var(--b); color: var(--b) }
-polyline { fill: none; stroke-width: 2; stroke-linejoin: round } .raw { opacity: 0.3; stroke-width: 1 }
-.b:is(polyline) { stroke-dasharray: 5 4 } .grid { stroke: var(--line) } .zero { stroke: currentColor; opacity: 0.5 }
-table { border-collapse: collapse } td, th { text-align: left; padding: 0.15rem 0.8rem 0.15rem 0; vertical-align: top }
-td { border-top: 1px solid var(--line) } td:nth-child(2) { overflow-wrap: anywhere } .default { opacity: 0.6 }
+img { max-width: 56rem } td:nth-child(2) { min-width: 5rem; overflow-wrap: anywhere } .default { color: var(--soft) }
+small.b { white-space: nowrap }
 """
 
 
@@ -75,7 +59,7 @@ def write_page(out: Path, status: str) -> None:
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{refresh}',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<title>{escape(title)}</title><style>{asset('style.css')}{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1><p><b>{escape(status)}</b> <small>at {now}",
         "; if this time stays, the run was killed, and the same command continues it" if status == "running" else "",
         "</small></p>",
@@ -84,7 +68,8 @@ def write_page(out: Path, status: str) -> None:
         *_charts(lines),
         *_previews(out),
         *_settings(settings, run["origins"]),
-        f"<p class=note>ibmd {escape(run['ibmd_version'])}, {run['processes']} process(es)</p></body></html>\n",
+        *(f'<p class="note">{escape(name)}: {escape(found)}</p>' for name, found in run.get("inputs", {}).items()),
+        f'<p class="note">ibmd {escape(run["ibmd_version"])}</p></body></html>\n',
     ]
     with atomic_file(out / "run.html") as new:
         new.write_text("".join(parts), encoding="utf-8")
@@ -137,8 +122,8 @@ def _previews(out: Path) -> Iterator[str]:
         yield "<h2>Previews <small>the same sources and z each time, newest first</small></h2>"
     for file in reversed(files):
         step = int(file.stem.removeprefix("step-"))
-        yield f'<figure><figcaption>step {step}</figcaption><img alt="source, teacher and student at step {step}" '
-        yield f'src="data:image/png;base64,{base64.b64encode(_png(file)).decode()}"></figure>'
+        yield f'<figure><figcaption>step {step}</figcaption><img class="pixels" src="{data_uri(_png(file))}" '
+        yield f'alt="source, teacher and student at step {step}"></figure>'
 
 
 def _png(file: Path) -> bytes:
@@ -169,29 +154,9 @@ def _chart(title: str, points: Points, note: str = "", other: tuple[str, Points]
     caption = f"<figcaption>{title} <small>{note}</small>{legend}</figcaption>"
     if not points:
         return f'<figure>{caption}<p class="note">no values yet</p></figure>'
-    last = points[-1][0]
-    ticks = _ticks(*_range([y for _, y in (*bold, *second)]))
-    low, high = ticks[0], ticks[-1]
-
-    def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
-
-    def y(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
-
-    def line(kind: str, values: Iterable[tuple[float, float]]) -> str:
-        text = " ".join(f"{x(a):.1f},{y(min(max(b, low), high)):.1f}" for a, b in values)
-        return f'<polyline class="{kind}" points="{text}"/>'
-
-    svg = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">']
-    for tick in ticks:
-        kind = "zero" if tick == 0 and low < 0 else "grid"
-        svg.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        svg.append(f'<text x="{LEFT - 5}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
-    svg.append(f'<text x="{LEFT}" y="{HEIGHT - 5}">0</text>')
-    svg.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{last}</text>')
-    svg += [line("a raw", raw), line("a", bold), line("b", second), "</svg>"]
-    return f"<figure>{caption}{''.join(svg)}</figure>"
+    x, y = across(0, points[-1][0]), upwards(value for _, value in (*bold, *second))
+    lines = [polyline("a raw", x, y, raw), polyline("a", x, y, bold), polyline("b dashed", x, y, second)]
+    return f"<figure>{caption}{chart(title, x, y, lines)}</figure>"
 
 
 def _means(points: Points, most: int) -> Points:
@@ -199,18 +164,3 @@ def _means(points: Points, most: int) -> Points:
     size = math.ceil(len(points) / most)
     groups = [points[i : i + size] for i in range(0, len(points), max(1, size))]
     return [(sum(a for a, _ in group) / len(group), sum(b for _, b in group) / len(group)) for group in groups]
-
-
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Return the least and the greatest value, a little apart where they are the same."""
-    low, high = min(values), max(values)
-    margin = 0.0 if high > low else abs(high) / 10 or 1.0
-    return low - margin, high + margin
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Return three to six round numbers, evenly spaced, from at most `low` to at least `high`."""
-    unit = 10 ** math.floor(math.log10((high - low) / 2))
-    step = next(unit * factor for factor in (1, 2, 5) if (high - low) / (unit * factor) <= 4)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [i * step for i in range(first, last + 1)]

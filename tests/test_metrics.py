@@ -1,4 +1,4 @@
-"""Scores against closed forms, loops and identities; the feature network against its own package."""
+"""Scores against closed forms, loops, identities and the field's code; the feature network against its own package."""
 
 import math
 import sys
@@ -6,20 +6,22 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from parity.measuring import features, outputs
+from parity.measuring import normal as named
 from torch import Tensor
 
-from ibmd_cli.errors import IbmdError, NotAvailable
-from ibmd_cli.metrics import (
-    EffLite0,
-    diversity,
-    energy_score,
-    estimate,
+from ibmd_cli.distances import (
+    frechet,
+    frechet_terms,
+    inception_score,
+    kid_blocks,
     kid_floor,
     kid_terms,
-    map_distance,
-    psnr,
-    resamples,
+    moments,
 )
+from ibmd_cli.errors import IbmdError, NotAvailable
+from ibmd_cli.features import EffLite0
+from ibmd_cli.metrics import diversity, energy_score, estimate, map_distance, mse, psnr, resamples, ssim
 from ibmd_cli.mosaics import embedded_pairs
 from ibmd_cli.noise import stream
 
@@ -86,6 +88,25 @@ def test_psnr():
     assert psnr(truth[None], truth).tolist() == [100, 100]
 
 
+def test_mse_is_on_pixels_from_minus_one_to_one():
+    truth = torch.zeros(2, 3, 4, 4)
+    assert mse(torch.stack([truth + 0.5, truth - 1]), truth).tolist() == pytest.approx([0.625] * 2)
+
+
+def test_ssim_is_that_of_scikit_image():
+    skimage = pytest.importorskip("skimage.metrics")
+    a, b = embedded_pairs().x_0[:4], embedded_pairs().x_T[:4]
+    found = ssim((a.float() / 127.5 - 1)[None], b.float() / 127.5 - 1)
+    for i in range(4):
+        x, y = (v[i].permute(1, 2, 0).numpy() for v in (a, b))
+        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+        assert found[i].item() == pytest.approx(
+            skimage.structural_similarity(x, y, channel_axis=2, **options), abs=1e-6
+        )
+    truth = b.float() / 127.5 - 1
+    assert ssim(truth[None], truth).tolist() == pytest.approx([1] * 4)
+
+
 def test_diversity():
     assert diversity(normal(1, 5, 3, 4, 4)).tolist() == [0] * 5
     spread = torch.tensor([0.1, 0.3]).reshape(1, 2, 1, 1, 1)
@@ -148,6 +169,97 @@ def test_kid_floor_is_zero_in_the_mean_and_shrinks_with_n():
     assert odd.low < 0 < odd.high
 
 
+def test_kid_is_that_of_clean_fid():
+    a, b = features("A", 400, 32), features("B", 500, 32)
+    for n, reference in zip((400, 100), outputs()["kid"].tolist(), strict=True):
+        terms = kid_terms(b[None, :n], a[:n], usual=True)
+        assert estimate(terms, torch.ones(1, n).double()).value == pytest.approx(reference, rel=1e-5)
+
+
+def test_kid_of_many_images_is_the_mean_over_blocks(monkeypatch: pytest.MonkeyPatch):
+    truth, samples = normal(2100, 4), normal(1, 2100, 4, seed=1) + 0.3
+    whole = kid(samples, truth)
+    blocks = kid_blocks(samples, truth, seed=0)
+    assert blocks.shape == (2,)
+    assert blocks.mean().item() == pytest.approx(whole, rel=0.2)
+    assert kid_blocks(samples[:, :200], truth[:200], seed=0).shape == (200, 200)
+
+
+# ------------------------------------------------------------------------------------------------ Fréchet distance
+
+
+def test_moments_are_those_of_numpy_and_need_no_array_of_all():
+    import numpy as np
+
+    x = features("A", 5000, 8) + 100  # far from 0: sums of squares would lose digits
+    found = moments(batch for batch in x.split(700))
+    assert found.images == 5000
+    assert np.allclose(found.mean, x.double().numpy().mean(0), rtol=1e-12)
+    assert np.allclose(found.covariance, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9)
+
+
+def test_frechet_distance_is_that_of_pytorch_fid_and_clean_fid():
+    a, b = moments([features("A", 400, 32)]), moments([features("B", 500, 32)])
+    for reference in outputs()["fid"].tolist():
+        assert frechet(a, b) == pytest.approx(reference, rel=1e-4)
+        assert frechet(b, a) == pytest.approx(reference, rel=1e-4)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_normal_laws_in_closed_form():
+    x = named("x", 300, 4)
+    scale, shift = torch.tensor([1.0, 2.0, 0.5, 1.5]), torch.tensor([0.0, 1.0, 0.0, -2.0])
+    a, b = moments([x]), moments([x * 3 + shift])  # covariance 9 Σ: distance ‖Δμ‖² + (3 − 1)² Tr Σ
+    expected = (a.mean - b.mean).square().sum() + 4 * a.covariance.trace()
+    assert frechet(a, b) == pytest.approx(float(expected), rel=1e-7)
+    a, b = moments([x]), moments([x * scale])
+    assert frechet(a, b) > 0
+
+
+def test_terms_of_the_frechet_distance_are_its_derivative():
+    x, y = features("A", 60, 5), features("B", 60, 5)
+    a, b = moments([x]), moments([y])
+    terms = frechet_terms(x, a, b, y)
+    assert terms.mean().item() == pytest.approx(frechet(a, b), rel=1e-9)
+    weights = torch.ones(60).double()
+
+    def weighed(values: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        w, v = w / w.sum(), values.double()
+        mean = w @ v
+        return mean, (v - mean).T @ ((v - mean) * w[:, None])
+
+    def distance(w: Tensor) -> float:
+        laws = [moments([v])._replace(mean=m, covariance=c) for v in (x, y) for m, c in [weighed(v, w)]]
+        return frechet(*laws)
+
+    base, step = distance(weights), 1e-5
+    for i in (0, 7, 59):
+        nudged = weights.clone()
+        nudged[i] += step
+        slope = (distance(nudged) - base) / step * 60
+        assert terms[i].item() - terms.mean().item() == pytest.approx(slope, abs=0.05 * terms.std().item())
+
+
+def test_interval_of_the_frechet_distance_has_the_width_of_its_spread():
+    values, widths = [], []
+    weights = resamples(300, 200, stream(0))
+    for seed in range(60):
+        x, y = normal(300, 4, seed=seed) * 1.3 + 0.5, normal(300, 4, seed=900 + seed)
+        a, b = moments([x]), moments([y])
+        value, low, high = estimate(frechet_terms(x, a, b, y), weights)
+        values.append(value)
+        widths.append(high - low)
+    spread = torch.tensor(values).std().item()
+    assert 3.92 * spread == pytest.approx(sum(widths) / 60, rel=0.3)
+
+
+def test_inception_score_is_that_of_torch_fidelity(monkeypatch: pytest.MonkeyPatch):
+    logits = 2 * named("logits", 1000, 16)
+    for splits, reference in zip((1, 10), outputs()["is"].tolist(), strict=True):
+        monkeypatch.setattr("ibmd_cli.distances.IS_SPLIT", 1000 // splits)
+        assert inception_score(logits) == pytest.approx(reference, rel=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------ intervals
 
 
@@ -202,7 +314,7 @@ def network() -> EffLite0:
 
 @pytest.fixture(scope="module")
 def targets() -> Tensor:
-    return embedded_pairs().x_0[::4].float() / 127.5 - 1
+    return embedded_pairs().x_0[::4]
 
 
 def blurred(x: Tensor, sigma: float) -> Tensor:
@@ -213,28 +325,29 @@ def blurred(x: Tensor, sigma: float) -> Tensor:
 
 
 def test_features_are_those_of_the_package(network: EffLite0, targets: Tensor):
-    x = F.interpolate((targets[:3] + 1) / 2, (128, 128), mode="bilinear", antialias=True)
+    x = F.interpolate(targets[:3].float() / 255, (128, 128), mode="bilinear", antialias=True)
     x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    pooled, maps = network(targets[:3])
+    seen = network(targets[:3])
     with torch.no_grad():
-        assert torch.allclose(network.net._fc(pooled), network.net(x), atol=1e-3)
-    assert pooled.shape == (3, 1280)
-    assert [m.shape[-1] for m in maps] == [64, 32, 16, 8, 4]
-    alone, _ = network(targets[1:2])
-    assert torch.allclose(alone[0], pooled[1], atol=1e-4)  # no batch statistics
+        assert torch.allclose(seen.logits, network.net(x), atol=1e-3)
+    assert seen.pooled.shape == (3, 1280)
+    assert [m.shape[-1] for m in seen.maps] == [64, 32, 16, 8, 4]
+    alone = network(targets[1:2])
+    assert torch.allclose(alone.pooled[0], seen.pooled[1], atol=1e-4)  # no batch statistics
 
 
 def test_both_scores_grow_with_blur_and_with_noise(network: EffLite0, targets: Tensor):
-    truth, truth_maps = network(targets)
+    truth, clean = network(targets), targets.float() / 127.5 - 1
     degraded = {
-        "blur": [blurred(targets, sigma) for sigma in (0.4, 0.8, 1.6)],
-        "noise": [(targets + s * normal(*targets.shape)).clamp(-1, 1) for s in (0.05, 0.15, 0.4)],
+        "blur": [blurred(clean, sigma) for sigma in (0.4, 0.8, 1.6)],
+        "noise": [(clean + s * normal(*clean.shape)).clamp(-1, 1) for s in (0.05, 0.15, 0.4)],
     }
     for what, levels in degraded.items():
         scores = []
         for images in levels:
-            pooled, maps = network(images)
-            scores.append((kid(pooled[None], truth), map_distance(maps, truth_maps).mean().item()))
+            seen = network(((images + 1) * 127.5).round().byte())
+            distance = network.distance(seen.maps, truth.maps).mean().item()
+            scores.append((kid(seen.pooled[None], truth.pooled), distance))
         for values in zip(*scores, strict=True):
             assert 0 < values[0] < values[1] < values[2], what
 

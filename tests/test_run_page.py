@@ -2,15 +2,16 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import browse
 from distilling import SMALL, distill, interrupt, log
+from html_page import Page
 from PIL import Image
 
 from ibmd_cli.errors import UsageError
-from ibmd_cli.pages import PREVIEWS, WIDEST, _ticks, write_page
+from ibmd_cli.pages import PREVIEWS, WIDEST, write_page
 
 CHARTS = 5  # the lag is seen after 50 steps only
 
@@ -18,35 +19,6 @@ CHARTS = 5  # the lag is seen after 50 steps only
 @pytest.fixture
 def arguments(tiny_teacher: Path, drawings: Path) -> list[object]:
     return ["--teacher", tiny_teacher, "--data", drawings, *SMALL, "--quiet"]
-
-
-class Page(HTMLParser):
-    """Checks that elements are closed in order, and keeps tags, addresses and text."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.text = ""
-        self.stack: list[str] = []
-        self.source = file.read_text(encoding="utf-8")
-        self.feed(self.source)
-        assert self.stack == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [str(value) for name, value in attributes if name in ("src", "href", "data", "action")]
-        if tag not in ("meta", "img", "line"):
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_page_of_a_run(arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -74,11 +46,13 @@ def test_running_page_loads_itself_again(tmp_path: Path):
     page = written(tmp_path, [], "running")
     assert '<meta http-equiv="refresh"' in page.source
     assert "0 of 12" in page.text
+    assert "<a>: 12 images" in page.text
 
 
 def written(out: Path, lines: list[dict], status: str) -> Page:
     settings = {"teacher": "builtin:x", "steps": 12, "data": ["a", "b"]}
-    content = {"ibmd_version": "0", "processes": 1, "settings": settings, "origins": dict.fromkeys(settings, "flag")}
+    origins, inputs = dict.fromkeys(settings, "flag"), {"<a>": "12 images"}
+    content = {"ibmd_version": "0", "settings": settings, "origins": origins, "inputs": inputs}
     (out / "config.json").write_text(json.dumps(content))
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_page(out, status)
@@ -117,15 +91,18 @@ def test_many_wide_previews(tmp_path: Path):
     assert len(page.source) < PREVIEWS * 2 * WIDEST * 50
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-0.013, 0.021), (3e-5, 3e-4), (1, 1.0001), (-5, -1), (0, 7e9), (0.19, 0.61)]
-)
-def test_ticks(low: float, high: float):
-    ticks = _ticks(low, high)
-    assert 2 <= len(ticks) <= 6
-    assert ticks[0] <= low + 1e-9 * (high - low)
-    assert ticks[-1] >= high - 1e-9 * (high - low)
-    assert ticks[-1] - ticks[0] <= 3 * (high - low)
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_fits_its_window(tmp_path: Path, width: int):
+    out = tmp_path / ("long-" * 40)
+    (out / "previews").mkdir(parents=True)
+    Image.effect_noise((1000, 300), 20).save(out / "previews" / "step-000000.png")
+    written(out, [line(step, bridge_lag=step / 99, diversity=0.1) for step in range(1, 100)], "stopped: " + "x" * 200)
+    with browse(tmp_path, width, 740, phone=width < 500) as driver:
+        driver.get((out / "run.html").as_uri())
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        assert len(driver.find_elements("css selector", "svg")) == CHARTS + 1
+        assert driver.get_log("browser") == []
 
 
 # ------------------------------------------------------------------------------------------------------- trackers
