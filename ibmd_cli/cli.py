@@ -67,7 +67,24 @@ def distill(
     attention_order: Annotated[str | None, typer.Option(help="new or legacy, likewise.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Folder of source images, or of clean ones with --degrade (repeatable); or builtin:NAME."),
+        typer.Option(
+            help="Folder of source images, or of clean ones with --degrade (repeatable); builtin:NAME, dataset:NAME, "
+            "hf://datasets/OWNER/NAME; or preset: the teacher's own data, fetched."
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the files: ab or ba (pairs, the source left or right), or normals.", show_default="sources"
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="CSV file of PATH,CLASS for teachers with classes.", show_default="names of folders"),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Fetch data without asking.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read images ahead; 0: none.", show_default="by the cores")
     ] = None,
     degrade: Annotated[
         str | None, typer.Option(help="Makes sources of clean images, e.g. jpeg-10; none: they are sources.")
@@ -75,11 +92,25 @@ def distill(
     masks: Annotated[str | None, typer.Option(help="File of free-form masks (.npz).")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/TEACHER")] = None,
     nfe: Annotated[int | None, typer.Option(help="Network calls of the student per image.")] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="Their times, from T down, e.g. 1,0.4.", show_default="evenly spaced")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Student whose weights it starts from.", show_default="the teacher's")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Student updates (K).")] = None,
     bridge_steps: Annotated[int | None, typer.Option(help="Bridge-model updates per student update (L).")] = None,
     bridge_warmup: Annotated[int | None, typer.Option(help="Bridge-model updates before the first.")] = None,
+    reuse: Annotated[
+        int | None, typer.Option(help="Bridge-model updates that share images of the student: cheaper.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per update.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Images at a time; 0: all.")] = None,
+    micro_batch: Annotated[
+        str | None, typer.Option(help="Images at a time in each process; 0: all; auto: as many as memory holds.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB that auto may use.", show_default="nine tenths of what is free")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the student.")] = None,
     bridge_lr: Annotated[float | None, typer.Option(help="Learning rate of the bridge model.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the student's average.")] = None,
@@ -93,6 +124,9 @@ def distill(
     ] = None,
     checkpointing: Annotated[
         bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Activation checkpointing.")
+    ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the networks first (torch.compile).")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Student updates between checkpoints.")] = None,
@@ -135,10 +169,16 @@ def distill(
             origins["preset"] = "contents of the file"
     out = out or Path("runs") / Path(settings.teacher.rpartition(":")[2]).name.removesuffix(".pt")
     if dry_run:
+        from ibmd_cli.devices import resolve_device
+        from ibmd_cli.launching import count_processes
         from ibmd_cli.plan import plan
 
-        _show_plan(plan(settings, out), settings, origins, as_json)
+        _show_plan(plan(settings, out, count_processes(processes, resolve_device(device))), settings, origins, as_json)
         return
+    if any(reference.startswith("dataset:") for reference in settings.data):
+        from ibmd_cli.fetching import fetch
+
+        fetch(settings.data, reporter, yes)
     from ibmd_cli.devices import resolve_device
     from ibmd_cli.training import distill as run
 
@@ -303,12 +343,16 @@ def sample(
     "eval",
     epilog="Example: ibmd eval                                     the embedded student, teacher and test drawings\n\n"
     "Example: ibmd eval --student runs/mine --data pairs/ --out report\n\n"
-    "Example: ibmd eval --teacher none --json                 the student alone",
+    "Example: ibmd eval --student runs/a --student runs/b --seeds 3        two students, and how sure their gap is\n\n"
+    "Example: ibmd eval --teacher none --metric psnr --metric ssim --json  the student alone",
 )
 def evaluate(
     student: Annotated[
-        str, typer.Option(help="Student: builtin:NAME, a model folder, a run folder, or none.")
-    ] = DEFAULT,
+        list[str] | None,
+        typer.Option(
+            help="Student (repeatable): builtin:NAME, a model folder, a run folder; or none.", show_default=DEFAULT
+        ),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Teacher, or none.", show_default="the one that the student was distilled from")
     ] = None,
@@ -319,28 +363,88 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="builtin:NAME, or a folder with source/ and target/.", show_default="the embedded teacher's test pairs"
+            help="builtin:NAME, a folder with source/ and target/, or with --degrade a folder of clean images.",
+            show_default="the embedded teacher's test pairs",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples for each source.")] = 4,
+    degrade: Annotated[
+        str | None, typer.Option(help="Makes sources of clean images, e.g. jpeg-10; none: they are pairs.")
+    ] = None,
+    masks: Annotated[str, typer.Option(help="File of free-form masks (.npz).")] = "",
+    labels: Annotated[str, typer.Option(help="CSV file of classes: PATH,CLASS.")] = "",
+    fit: Annotated[
+        Literal["none", "crop"], typer.Option(help="Images of another size: refuse, or scale and crop at the centre.")
+    ] = "none",
+    protocol: Annotated[
+        str | None, typer.Option(help="As published: ddbm-e2h, ddbm-diode, dbim-inpaint, i2sb-sr or i2sb-restore.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="What to measure (repeatable), e.g. fid, lpips_vgg.", show_default="what needs no download"),
+    ] = None,
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="File or folder of weights of Inception, VGG16, … (repeatable).")
+    ] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download weights that are not there.")] = False,
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference of the FID: .npz file or folder.", show_default="the targets")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples for each source.", show_default="4; 1 with --protocol")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Draw all samples so many times, to tell how they vary.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Most images at a time.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.json and grid.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.json, report and pictures; the same again continues.")
+    ] = None,
+    processes: Annotated[str, typer.Option(help="Processes to share the work: a number, or all (one a GPU).")] = "1",
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a student against its teacher on held-out pairs: quality, diversity and speed."""
+    """Measure students against their teacher on held-out pairs: quality, diversity, speed and memory.
+
+    With --out, the same command again continues an interrupted evaluation.
+    """
     from rich.console import Console
 
     from ibmd_cli.evaluation import EvalConfig
     from ibmd_cli.evaluation import evaluate as run
     from ibmd_cli.figures import tables
 
-    nfe = tuple(teacher_nfe) if teacher_nfe else EvalConfig.teacher_nfe
-    config = EvalConfig(student, teacher, nfe, preset, data, samples, batch_size, seed, device, out)
-    results = run(config, Reporter(quiet))
+    config = EvalConfig(
+        student=tuple(student) if student else EvalConfig.student,
+        teacher=teacher,
+        teacher_nfe=tuple(teacher_nfe) if teacher_nfe else EvalConfig.teacher_nfe,
+        preset=preset,
+        data=data,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        out=out,
+        protocol=protocol,
+        metrics=tuple(metric or ()),
+        seeds=seeds,
+        weights=tuple(weights or ()),
+        fetch=fetch,
+        reference=reference,
+        degrade=degrade,
+        masks=masks,
+        labels=labels,
+        fit=fit,
+    )
+    if processes != "1" and "RANK" not in os.environ:
+        from ibmd_cli.devices import resolve_device
+        from ibmd_cli.launching import count_processes, relaunch
+
+        if (count := count_processes(processes, resolve_device(device))) > 1:
+            raise typer.Exit(relaunch(count, sys.argv[1:]))
+    results = run(config, Reporter(quiet or int(os.environ.get("RANK", "0")) > 0))
+    if not results:
+        return
     if as_json:
         typer.echo(json.dumps(results, ensure_ascii=False))
         return
@@ -486,7 +590,8 @@ def _show_plan(plan: dict[str, Any], settings: Any, origins: dict[str, str], as_
         f"{' and '.join(f['files'])} of {f['url']}, about {f['bytes'] / 1e9:.1f} GB, {f['how']}"
         for f in plan["files to download"]
     ]
-    rows = {**plan, "files to download": "; ".join(files) or "none"}
+    rows = {key.replace(", bytes", ""): f"{v / 1e9:.3g} GB" if "bytes" in key else v for key, v in plan.items()}
+    rows["files to download"] = "; ".join(files) or "none"
     _table("Plan", [{"what": k, "value": v} for k, v in rows.items()])
 
 
@@ -512,7 +617,10 @@ def main() -> None:
     try:
         app()
     except IbmdError as error:
-        _fail(reporter, str(error), error.exit_code, told=_led())
+        # Settings are the same in all of several processes, and the first tells what is wrong with them.
+        rank = _rank()
+        message = f"process {rank} of {os.environ['WORLD_SIZE']}: {error}" if rank else str(error)
+        _fail(reporter, message, error.exit_code, told=bool(rank) and isinstance(error, UsageError))
     except MemoryError:
         _fail(reporter, "out of memory: lower --batch-size or --micro-batch", 5)
     except BrokenPipeError:
@@ -530,10 +638,11 @@ def main() -> None:
         _fail(reporter, f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 
-def _led() -> bool:
-    """Tell whether this is one of several processes, the first of which says what is wrong with all of them."""
+def _rank() -> int:
+    """Return the number of this process among several that work together; 0 is the first, or the only one."""
     rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    return "MASTER_ADDR" in os.environ and rank.isdecimal() and count.isdecimal() and 0 < int(rank) < int(count)
+    together = "MASTER_ADDR" in os.environ and rank.isdecimal() and count.isdecimal() and int(rank) < int(count)
+    return int(rank) if together else 0
 
 
 def _fail(reporter: Reporter, message: str, exit_code: int, told: bool = False) -> Any:

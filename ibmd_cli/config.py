@@ -16,6 +16,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ibmd_cli.errors import UsageError
 
+AUTO = "auto"
+"""Of `micro_batch`."""
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -26,16 +29,26 @@ class DistillConfig:
         preset: alias of the published teacher that a checkpoint is like, where its contents cannot tell.
         head_channels: width of an attention head, where a checkpoint differs from its family; 0: as its family.
         attention_order: "new" or "legacy", likewise; "": as its family.
-        data: folders of source images, or `builtin:NAME`.
+        data: folders of source images, `builtin:NAME`, `dataset:NAME` or `hf://datasets/OWNER/NAME`; "preset": the data
+            of the teacher's preset.
+        layout: what the files of `data` hold (`records.LAYOUTS`); "": sources.
+        labels: CSV file of the images' classes; "": the folders tell them.
+        workers: processes that read images ahead, and threads that read small sets at the start; 0: none; -1: as many
+            as the cores allow.
         degrade: name of the degradation that makes sources of clean images (`degradations.DEGRADATIONS`); "" or "none"
             if `data` are sources already.
         masks: file of the published free-form masks, for `degrade` "inpaint-freeform1020" and "inpaint-freeform2030".
         nfe: N, network calls of the student per image.
+        timesteps: T = t_N > … > t_1, at which it is called, in the teacher's own units; (): evenly spaced.
+        init: reference of a student whose weights this one starts from; "": the teacher's, as in the paper.
         steps: K, student updates.
         bridge_steps: L, bridge-model updates per student update.
         bridge_warmup: bridge-model updates before the first student update. Differs from the paper (0).
+        reuse: bridge-model updates in a row that see the same images of the student, with new times and noise each.
+            Differs from the paper (1, the default): cheaper updates, of images that vary less.
         batch_size: images per update, over all processes and micro-batches.
-        micro_batch: images at a time per process; 0 means batch_size / processes.
+        micro_batch: images at a time per process; 0: batch_size / processes; "auto": as many as memory holds.
+        memory: GiB that "auto" may use in each process; 0: nine tenths of what is free.
         lr: learning rate of the student.
         bridge_lr: learning rate of the bridge model.
         lr_warmup: student updates of linear warm-up.
@@ -53,6 +66,7 @@ class DistillConfig:
         flip: mirror sources at random.
         recompute: run the student twice rather than keep its graph: less memory, more time.
         checkpointing: activation checkpointing inside the networks: less memory, more time.
+        compile: compile the networks first (torch.compile).
         precision: "fp32", "bf16" or "fp16".
         seed: of all randomness.
         checkpoint_every: student updates between checkpoints.
@@ -66,14 +80,21 @@ class DistillConfig:
     head_channels: int = 0
     attention_order: str = ""
     data: tuple[str, ...] = ()
+    layout: str = ""
+    labels: str = ""
+    workers: int = -1
     degrade: str = ""
     masks: str = ""
     nfe: int = 1
+    timesteps: tuple[float, ...] = ()
+    init: str = ""
     steps: int = 3000
     bridge_steps: int = 5
     bridge_warmup: int = 0
+    reuse: int = 1
     batch_size: int = 256
-    micro_batch: int = 0
+    micro_batch: int | str = 0
+    memory: float = 0.0
     lr: float = 5e-5
     bridge_lr: float = 5e-5
     lr_warmup: int = 0
@@ -90,6 +111,7 @@ class DistillConfig:
     flip: bool = True
     recompute: bool = True
     checkpointing: bool = False
+    compile: bool = False
     precision: str = "fp32"
     seed: int = 0
     checkpoint_every: int = 100
@@ -99,7 +121,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         for name, low in LEAST.items():
-            if getattr(self, name) < low:
+            if (value := getattr(self, name)) != AUTO and value < low:
                 raise UsageError(f"{_flag(name)}: {getattr(self, name)} is too small: expected at least {low}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -109,6 +131,10 @@ class DistillConfig:
         for name in ("lr", "bridge_lr", "t_power"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{_flag(name)}: {getattr(self, name)} must be greater than 0")
+        if self.timesteps and len(self.timesteps) != self.nfe:
+            raise UsageError(
+                f"--timesteps: {len(self.timesteps)} times, but --nfe {self.nfe}: expected one for each call"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas: {self.betas} must be at least 0 and less than 1")
         if not 0 <= self.ema < 1:
@@ -120,20 +146,26 @@ class DistillConfig:
 
 
 LEAST = {
-    **dict.fromkeys(["nfe", "steps", "bridge_steps", "batch_size", "noise_channels"], 1),
+    **dict.fromkeys(["nfe", "steps", "bridge_steps", "reuse", "batch_size", "noise_channels"], 1),
     **dict.fromkeys(["checkpoint_every", "preview_every", "keep"], 1),
     **dict.fromkeys(
         ["bridge_warmup", "micro_batch", "lr_warmup", "noise_grid", "noise_init", "weight_power", "clip", "seed"], 0
     ),
     "head_channels": 0,
+    "workers": -1,
+    "memory": 0,
 }
 CHOICES = {
     "attention_order": ("", "new", "legacy"),
+    "layout": ("", "ab", "ba", "normals"),
     "lr_decay": ("none", "linear", "cosine"),
     "precision": ("fp32", "bf16", "fp16"),
     "track": ("", "tensorboard", "wandb"),
 }
-MAY_CHANGE = ("micro_batch", "recompute", "checkpointing", "checkpoint_every", "preview_every", "keep", "track")
+MAY_CHANGE = (
+    *("micro_batch", "memory", "recompute", "checkpointing", "compile"),
+    *("checkpoint_every", "preview_every", "keep", "track", "workers"),
+)
 """Settings that a resumed run may have otherwise: they do not change what is learnt."""
 
 
@@ -163,7 +195,8 @@ def resolve(
         return next((layer[name] for _, layer in layers if name in layer), None)
 
     teacher = f"hub:{given('preset')}" if given("preset") else given("teacher") or DistillConfig.teacher
-    layers.append(("preset", _preset(teacher, given("nfe"))))
+    preset = _preset(teacher, given("nfe"))
+    layers.append(("preset", preset))
     values: dict[str, Any] = {}
     origins = dict.fromkeys(hints, "default")
     for origin, layer in reversed(layers):
@@ -172,6 +205,10 @@ def resolve(
                 near = difflib.get_close_matches(name, hints, n=1)
                 raise UsageError(f"{origin}: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
             values[name], origins[name] = _convert(name, value, hints[name], origin), origin
+    if values.get("data") == ("preset",):
+        if "data" not in preset:
+            raise UsageError(f"--data preset: {teacher} has no data of its own: give a folder of images")
+        values["data"], origins["data"] = tuple(preset["data"]), "preset"
     return DistillConfig(**values), origins
 
 
@@ -230,6 +267,8 @@ def _convert(name: str, value: Any, hint: Any, origin: str) -> Any:
         if hint is bool:
             words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
             return value if isinstance(value, bool) else words[str(value).lower()]
+        if hint == int | str:
+            return AUTO if value == AUTO else _convert(name, value, int, origin)
         if hint is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
         return hint(value)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
-from ibmd_cli.noise import Streams, noise_like
+from ibmd_cli.noise import Streams, noise_like, uniform
 
 DEGRADATIONS = {
     "jpeg-5": "JPEG of quality 5, by I2SB's own codec",
@@ -214,14 +214,14 @@ _MASK_KEYS = {"inpaint-freeform1020": "10-20% freeform", "inpaint-freeform2030":
 _MASK_PAGE = "https://drive.google.com/file/d/1-5YRGsekjiRKQWqo0BV5RVQu0bagc12w"
 
 
-def draw_masks(name: str, count: int, size: int, rng: torch.Generator, file: str | Path | None = None) -> Tensor:
+def draw_masks(name: str, count: int, size: int, rng: Streams, file: str | Path | None = None) -> Tensor:
     """Draw masks for inpainting: the central square, or one of the 10,000 published free-form masks at random.
 
     Args:
         name: "inpaint-center", "inpaint-freeform1020" or "inpaint-freeform2030".
         count: B.
         size: height and width.
-        rng: random stream; not used by "inpaint-center".
+        rng: random stream, or one for each image; not used by "inpaint-center".
         file: of the free-form masks, see `read_masks`.
 
     Returns:
@@ -237,7 +237,7 @@ def draw_masks(name: str, count: int, size: int, rng: torch.Generator, file: str
     if name == "inpaint-center":
         return _central_hole(size, size).expand(count, 1, size, size)
     masks = read_masks(name, file)
-    rows = torch.randint(len(masks), (count,), generator=rng)
+    rows = (uniform(count, rng) * len(masks)).long()
     return torch.stack([_unpack(masks[i], size) for i in rows.tolist()])
 
 

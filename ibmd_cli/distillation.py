@@ -8,17 +8,19 @@ the variance of x_0 given x_t, keeps the student diverse. Only sources x_T are r
 predictors ignore their x_T: nothing else changes. (The bridge model is the "fake score" of DMD.)
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ibmd_cli.bridges import Bridge, expand_to
-from ibmd_cli.noise import Streams, noise_like, randn
+from ibmd_cli.noise import Streams, common_integer, noise_like, randn, uniform
 
 Denoiser = Callable[..., Tensor]
 """x̂_0(x_t, t, x_T[, z][, label]) → (B, C, H, W): a `Predictor`, or anything that computes one."""
@@ -36,6 +38,13 @@ class Sources(NamedTuple):
     x_T: Tensor
     label: Tensor | None = None
     mask: Tensor | None = None
+
+
+class Pair(NamedTuple):
+    """Sources, and what the student made of them: x_0 (B, C, H, W), without a graph."""
+
+    batch: Sources
+    x_0: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,15 +87,16 @@ def ibmd(
     bridge_model: nn.Module,
     student: nn.Module,
     setup: Setup,
-    sources: Callable[[torch.Generator], Sources],
-    update_bridge: Callable[[int, Callable[..., float]], float],
-    update_student: Callable[[int, Callable[..., float]], float],
+    sources: Callable[[Streams], Sources],
+    update_bridge: Callable[[int, Callable[..., Tensor]], float],
+    update_student: Callable[[int, Callable[..., Tensor]], float],
     *,
     steps: int,
     bridge_steps: int,
     bridge_warmup: int = 0,
     start: int = 0,
     recompute: bool = True,
+    reuse: int = 1,
 ) -> Iterator[Step]:
     """Run Algorithm 1 from student iteration `start` to `steps`, yielding after each.
 
@@ -98,6 +108,7 @@ def ibmd(
         sources: draws a batch of x_T with the given random stream.
         update_bridge: makes one optimiser step on φ. It is given the number of the step and a function that computes
             the loss and its gradient with a random stream, and may call it several times (gradient accumulation).
+            The loss stays on its device: reading it would make the host wait.
         update_student: the same for θ.
         steps: K, student iterations.
         bridge_steps: L, bridge-model iterations before each of them.
@@ -105,35 +116,53 @@ def ibmd(
             Differs from the paper (0): the student's first steps then follow a bridge model that fits it.
         start: the student iteration to continue from.
         recompute: run the student a second time in place of keeping its graph (less memory, more time).
+        reuse: bridge-model iterations that see the same images of the student, each with new times and noise.
+            Differs from the paper (1): the student is run less often, for images that vary less.
 
     Yields:
         A `Step` after each student iteration; EMA, logs and checkpoints are the caller's business.
 
     Source: arXiv:2502.01362v2, Algorithm 1.
     """
+    made: list[Pair] = []  # by the student, for the iterations of φ that share images; one for each micro-batch
 
-    def phi(rng: torch.Generator, backward: Callable[[Tensor], None] = Tensor.backward) -> float:
-        batch = sources(rng)
-        with torch.no_grad():
-            x_0 = rollout(student, setup, batch, rng)
-        loss = bridge_loss(bridge_model, setup, x_0, batch, rng)
+    def phi(earlier: Iterator[Pair], rng: Streams, backward: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
+        pair = next(earlier, None)
+        if pair is None:
+            batch = sources(rng)
+            with torch.no_grad():
+                pair = Pair(batch, rollout(student, setup, batch, rng))
+            if reuse > 1:
+                made.append(pair)
+        loss = bridge_loss(bridge_model, setup, pair.x_0, pair.batch, rng)
         backward(loss)
-        return loss.item()
+        return loss.detach()
 
-    def theta(rng: torch.Generator, backward: Callable[[Tensor], None] = Tensor.backward) -> float:
+    def theta(rng: Streams, backward: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
         batch = sources(rng)
         return student_step(teacher, bridge_model, student, setup, batch, rng, backward, recompute)
 
     loss_phi = math.nan
     for k in range(start, steps):
-        first, last = bridge_warmup + k * bridge_steps, bridge_warmup + (k + 1) * bridge_steps
-        for l in range(first if k else 0, last):  # noqa: E741 (the paper's letter)
-            loss_phi = update_bridge(l, phi)
+        for l, fresh in bridge_iterations(k, bridge_steps, bridge_warmup, reuse):  # noqa: E741 (the paper's letter)
+            if fresh:
+                made.clear()
+            loss_phi = update_bridge(l, partial(phi, iter(tuple(made))))
         loss_theta = update_student(k, theta)
         yield Step(k, loss_phi, loss_theta)
 
 
-def bridge_loss(predictor: Denoiser, setup: Setup, x_0: Tensor, batch: Sources, rng: torch.Generator) -> Tensor:
+def bridge_iterations(k: int, bridge_steps: int, warmup: int = 0, reuse: int = 1) -> Iterator[tuple[int, bool]]:
+    """Yield the numbers of the bridge-model iterations before student iteration `k`: see `ibmd`.
+
+    Each comes with whether it has the student make images: those are shared within a student iteration alone.
+    """
+    first = warmup + k * bridge_steps if k else 0
+    for l in range(first, warmup + (k + 1) * bridge_steps):  # noqa: E741
+        yield l, (l - first) % reuse == 0
+
+
+def bridge_loss(predictor: Denoiser, setup: Setup, x_0: Tensor, batch: Sources, rng: Streams) -> Tensor:
     """Bridge matching on a coupling (x_0, x_T): E λ(t) ‖x̂_0(x_t, t, x_T) − x_0‖², a mean over batch and pixels.
 
     On the student's coupling it trains the bridge model, on that of the data it trains a teacher.
@@ -150,7 +179,7 @@ def student_loss(
     student: Denoiser,
     setup: Setup,
     batch: Sources,
-    rng: torch.Generator,
+    rng: Streams,
 ) -> Tensor:
     """The student's loss, Eq. (10), in one graph. `student_step` computes the same gradient in less memory."""
     x_0 = rollout(student, setup, batch, rng)
@@ -165,33 +194,30 @@ def student_step(
     student: Denoiser,
     setup: Setup,
     batch: Sources,
-    rng: torch.Generator,
+    rng: Streams,
     backward: Callable[[Tensor], None] = Tensor.backward,
     recompute: bool = True,
-) -> float:
-    """Add the gradient of `student_loss` to the student's parameters; return the loss.
+) -> Tensor:
+    """Add the gradient of `student_loss` to the student's parameters; return the loss, without a graph.
 
     The loss depends on θ through x_0 alone. So the two terms are differentiated one after the other down to a leaf
     copy of x_0, with φ frozen: one critic's graph is alive at a time, and no weight gradient of a critic is formed.
     Then ∂L/∂x_0 goes through the student, which is run again for it if `recompute` is set: it must be in eval mode, or
     have no dropout, and the teacher's parameters must not require gradients.
     """
-    replay = rng.get_state()
+    replay = copy.deepcopy(rng)
     with torch.set_grad_enabled(not recompute):
         x_0 = rollout(student, setup, batch, rng)
     leaf = x_0.detach().requires_grad_()
     t, eps = draw_time(setup, leaf, rng)  # one draw for both terms
-    loss = 0.0
+    loss = torch.zeros((), device=leaf.device)
     with frozen(bridge_model):
         for sign, predictor in ((+1, teacher), (-1, bridge_model)):
             term = sign * weighted_error(predictor, setup, leaf, batch, t, eps)
             backward(term)
-            loss += term.item()
+            loss = loss + term.detach()
     if recompute:
-        drawn = rng.get_state()
-        rng.set_state(replay)
-        x_0 = rollout(student, setup, batch, rng)
-        rng.set_state(drawn)
+        x_0 = rollout(student, setup, batch, replay)
     torch.autograd.backward(x_0, leaf.grad)
     return loss
 
@@ -205,14 +231,14 @@ def weighted_error(predictor: Denoiser, setup: Setup, x_0: Tensor, batch: Source
     return (expand_to(setup.weight(t), error) * error).mean()
 
 
-def rollout(student: Denoiser, setup: Setup, batch: Sources, rng: torch.Generator) -> Tensor:
+def rollout(student: Denoiser, setup: Setup, batch: Sources, rng: Streams) -> Tensor:
     """Generate x_0 as the student is trained: one step, or several over its own inference states.
 
     Source: arXiv:2502.01362v2, Sec. 3.5, App. B.1 and B.2.
     """
     last = len(setup.timesteps) - 1
     if setup.rollout == "random-step":
-        last = int(torch.randint(last + 1, (), generator=rng))
+        last = common_integer(last + 1, rng)
     chain = translate(student, setup, batch, rng)
     for _ in range(last):
         with torch.set_grad_enabled(torch.is_grad_enabled() and setup.rollout == "chain"):
@@ -242,9 +268,9 @@ def translate(student: Denoiser, setup: Setup, batch: Sources, rng: Streams) -> 
                 x_t = setup.bridge.sample(x_0, x_T, t_next * ones, eps)
 
 
-def draw_time(setup: Setup, x_0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_time(setup: Setup, x_0: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:
     """Draw t ~ p(t) (B,) and the noise ε of x_t, shaped as `x_0`."""
-    u = torch.rand(len(x_0), generator=rng, dtype=torch.float64)
+    u = uniform(len(x_0), rng)
     return setup.bridge.time(u**setup.t_power).to(x_0.device), noise_like(x_0, rng)
 
 

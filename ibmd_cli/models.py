@@ -7,10 +7,11 @@ A reference is `builtin:NAME`, `hf://OWNER/REPO`, or the path of a model folder 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from ibmd_cli import __version__, hub
 from ibmd_cli.bridges import Bridge
 from ibmd_cli.distillation import Setup, Sources, translate
-from ibmd_cli.errors import IbmdError, NotAvailable, nearest
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.files import atomic_folder
 from ibmd_cli.networks import Predictor, make_predictor
 from ibmd_cli.noise import Streams
@@ -136,19 +137,51 @@ class Student(Model):
 
     @property
     def nfe(self) -> int:
-        """Network calls per image."""
+        """Network calls per image that it was distilled for."""
         return len(self.config["sampling"]["timesteps"])
 
+    def setup_for(self, nfe: int) -> Setup:
+        """Return the setup of inference with `nfe` network calls, at most those that it was distilled for.
+
+        With fewer, it is called at times that it was trained at, evenly spaced among them, from T: of the calls
+        0 … N − 1, those nearest to 0, N/nfe, 2N/nfe, ….
+
+        Raises:
+            UsageError: too few or too many calls.
+        """
+        if not 1 <= nfe <= self.nfe:
+            raise UsageError(f"--nfe {nfe}: {self.name} was distilled for {self.nfe}: expected 1 … {self.nfe}")
+        times = self.setup.timesteps
+        return replace(self.setup, timesteps=tuple(times[round(k * self.nfe / nfe)] for k in range(nfe)))
+
     @torch.no_grad()
-    def translate(self, batch: Sources, rng: Streams) -> Tensor:
-        """Translate sources (B, C, H, W) in [-1, 1]; returns (B, C, H, W) in [-1, 1]."""
-        *_, x_0 = translate(self.predictor, self.setup, batch, rng)
+    def translate(self, batch: Sources, rng: Streams, nfe: int | None = None) -> Tensor:
+        """Translate sources (B, C, H, W) in [-1, 1], in `nfe` calls (see `setup_for`); returns the same shape."""
+        *_, x_0 = translate(self.predictor, self.setup_for(nfe or self.nfe), batch, rng)
         return x_0.clamp(-1, 1)
 
 
-def student_times(bridge: Bridge, nfe: int) -> list[float]:
-    """Return T = t_N > … > t_1, at which a student of `nfe` steps is called: evenly spaced, without t_min."""
-    return bridge.time(torch.arange(nfe, dtype=torch.float64) / nfe).tolist()
+def student_times(bridge: Bridge, nfe: int, timesteps: Sequence[float] = ()) -> list[float]:
+    """Return T = t_N > … > t_1, at which a student of `nfe` steps is called.
+
+    Args:
+        bridge: whose T and units they have.
+        nfe: N.
+        timesteps: these times, after a check; () for evenly spaced ones, without t_min.
+
+    Raises:
+        UsageError: times that do not fall from T, or that the bridge does not have.
+    """
+    if not timesteps:
+        return bridge.time(torch.arange(nfe, dtype=torch.float64) / nfe).tolist()
+    times, whole = list(timesteps), bridge.kind == "i2sb"
+    falls = all(s < t for t, s in pairwise(times))
+    if times[0] != bridge.T or times[-1] <= bridge.t_min or not falls or (whole and any(t % 1 for t in times)):
+        raise UsageError(
+            f"--timesteps {', '.join(f'{t:g}' for t in times)}: expected {'whole numbers' if whole else 'times'} that "
+            f"fall from {bridge.T:g} and stay above {bridge.t_min:g}"
+        )
+    return times
 
 
 def make_setup(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ibmd_cli.bridges import Bridge, expand_to, make_bridge
+from ibmd_cli.layers import Conv2d, GroupNorm, activate, convolve, resampled
 from ibmd_cli.noise import randn, stream
 
 
@@ -61,61 +62,10 @@ class UNetConfig:
             raise ValueError(f"attention_order {self.attention_order!r}: expected new or legacy")
 
 
-SCRATCH_BYTES = 32 << 20
-"""oneDNN reorders weights into a scratch at each call, which seems to be mapped anew each time if it is larger than
-this (the limit of glibc). In parts, 1536 → 768 channels at 8×8 took 7 ms in place of 18 on two cores."""
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
-    """Convolve with stride 1, in float32 on the CPU always by oneDNN.
-
-    For 1×1 kernels on one thread, and for single small images, `F.conv2d` takes BLAS instead: MKL, which on AMD's
-    processors is half as fast. So is `F.linear`, which always takes it.
-
-    Args:
-        x: (B, C, H, W).
-        weight: (C_out, C, k, k).
-        bias: (C_out,), or None.
-        padding: zeros on each side.
-
-    Returns:
-        (B, C_out, H + 2 padding − k + 1, W + 2 padding − k + 1), channels-last if x or the weight is.
-    """
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    # torch.compile and torch.export cannot trace mkldnn_convolution.
-    if plain and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
-        parts = 1 + weight.nbytes // SCRATCH_BYTES
-        biases = [None] * parts if bias is None else bias.chunk(parts)
-        made = [
-            torch.mkldnn_convolution(x, w, b, (padding, padding), (1, 1), (1, 1), 1)
-            for w, b in zip(weight.chunk(parts), biases, strict=True)
-        ]
-        return made[0] if parts == 1 else torch.cat(made, dim=1)
-    return F.conv2d(x, weight, bias, padding=padding)
-
-
-class Conv2d(nn.Conv2d):
-    """Convolution by `convolve` whose output has the size of its input."""
-
-    def __init__(self, c_in: int, c_out: int, kernel_size: int) -> None:
-        super().__init__(c_in, c_out, kernel_size, padding=kernel_size // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return convolve(x, self.weight, self.bias, self.kernel_size[0] // 2)
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32 whatever the input's dtype, as in the published networks."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        return y.to(x.dtype)
-
-
 class ResBlock(nn.Module):
     """Residual block with scale-shift conditioning on the time embedding, and resampling inside (up, down)."""
 
-    def __init__(self, c_in: int, c_out: int, c_emb: int, config: UNetConfig, resample: str | None = None) -> None:
+    def __init__(self, c_in: int, c_out: int, c_emb: int, config: UNetConfig, resample: str = "") -> None:
         super().__init__()
         self.resample = resample
         groups = config.norm_groups
@@ -127,15 +77,15 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = F.silu(self.in_layers[0](x))
-        if self.resample == "down":
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == "up":
-            h, x = (F.interpolate(v, scale_factor=2.0, mode="nearest") for v in (h, x))
-        h = self.in_layers[2](h)
+        norm, _, conv = self.in_layers
+        h = activate(x, norm, conv, resample=self.resample)
         scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
-        return self.skip_connection(x) + self.out_layers[1:](h)
+        norm, _, dropout, conv = self.out_layers
+        if dropout.training and dropout.p:
+            h = conv(dropout(F.silu(torch.addcmul(shift, norm(h), 1 + scale))))
+        else:
+            h = activate(h, norm, conv, scale, shift)
+        return self.skip_connection(resampled(x, self.resample)) + h
 
 
 class AttentionBlock(nn.Module):
@@ -261,7 +211,8 @@ class UNet(nn.Module):
         h = self._run(self.middle_block, h, emb)
         for module in self.output_blocks:
             h = self._run(module, torch.cat([h, skips.pop()], dim=1), emb)
-        h = self.out(h)
+        norm, _, head = self.out
+        h = activate(h, norm, head)
         return F.pixel_shuffle(h, patch) if patch > 1 else h
 
     def _run(self, module: nn.Module, h: Tensor, emb: Tensor) -> Tensor:

@@ -21,8 +21,24 @@ Noise = Streams | Tensor | Sequence[Tensor] | Callable[[int], Tensor] | None
 
 
 def stream(seed: int, *place: int | str) -> torch.Generator:
-    """Return the random stream of a place, e.g. `stream(seed, "student", step, micro_batch, process)`."""
+    """Return the random stream of a place, e.g. `stream(seed, "student", step)`."""
     return torch.Generator().manual_seed(seed_of(seed, *place))
+
+
+class BatchStreams(list[torch.Generator]):
+    """The random streams of a batch: one for each image, and `shared` for what is drawn once for all.
+
+    An image's stream is named by its place in the whole batch. So nothing changes when the batch is cut into parts.
+
+    Args:
+        rows: places of these images in the whole batch.
+        seed: of the run.
+        place: of the whole batch.
+    """
+
+    def __init__(self, rows: Sequence[int], seed: int, *place: int | str) -> None:
+        super().__init__(stream(seed, *place, row) for row in rows)
+        self.shared = stream(seed, *place)
 
 
 def randn(shape: Sequence[int], rng: Streams) -> Tensor:
@@ -30,6 +46,19 @@ def randn(shape: Sequence[int], rng: Streams) -> Tensor:
     if isinstance(rng, torch.Generator):
         return torch.randn(*shape, generator=rng)
     return torch.stack([torch.randn(*shape[1:], generator=r) for r in rng])
+
+
+def uniform(count: int, rng: Streams) -> Tensor:
+    """Draw numbers from [0, 1), float64 (count,); with one stream per image, one from each."""
+    if isinstance(rng, torch.Generator):
+        return torch.rand(count, generator=rng, dtype=torch.float64)
+    return torch.stack([torch.rand((), generator=r, dtype=torch.float64) for r in rng])
+
+
+def common_integer(below: int, rng: Streams) -> int:
+    """Draw a number 0 … below − 1 for a whole batch; with one stream per image, from the one they share."""
+    one = rng.shared if isinstance(rng, BatchStreams) else rng if isinstance(rng, torch.Generator) else rng[0]
+    return int(torch.randint(below, (), generator=one))
 
 
 def noise_like(x: Tensor, rng: Streams) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ibmd_cli.errors import IbmdError
-from ibmd_cli.noise import stream
+from ibmd_cli.noise import BatchStreams, Streams, stream
 
 PATIENCE = 5
 """This many skipped steps in a row stop the training."""
@@ -70,6 +70,7 @@ class Player:
         betas: of Adam.
         clip: largest gradient norm, or None.
         micro_batches: gradients of this many calls of the loss function are averaged in each step.
+        micro_batch: images of such a call, each of which gets a random stream of its own; None: they share one.
         ema: decay of the averaged copy, or None for no copy.
         weight_decay: decoupled (AdamW).
 
@@ -90,28 +91,31 @@ class Player:
         betas: tuple[float, float] = (0.9, 0.999),
         clip: float | None = None,
         micro_batches: int = 1,
+        micro_batch: int | None = None,
         ema: float | None = None,
         weight_decay: float = 0.0,
     ) -> None:
         self.name, self.steps, self.seed = name, steps, seed
         self.accelerator, self.schedule, self.clip, self.micro_batches = accelerator, schedule, clip, micro_batches
+        self.micro_batch, self.ema = micro_batch, ema
         self.network = model
         self.skipped = self.in_a_row = 0
         optimizer = torch.optim.AdamW(
             model.parameters(), schedule.lr, betas=betas, weight_decay=weight_decay, fused=True
         )
         # Before `prepare`, which changes the network's forward for mixed precision: the average stays in float32.
-        self.average = AveragedModel(model, multi_avg_fn=_ema(ema)) if ema is not None else None
+        self.average = AveragedModel(model) if ema is not None else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
-    def update(self, step: int, compute: Callable[..., float]) -> float:
+    def update(self, step: int, compute: Callable[..., Tensor]) -> float:
         """Make one optimiser step and return the loss, averaged over micro-batches and processes.
 
         All processes see the same loss and gradient, so they skip a step together.
 
         Args:
             step: number of the step, from 0.
-            compute: given a random stream and a `backward`, computes the loss and its gradient.
+            compute: given a random stream and a `backward`, computes the loss, a tensor without a graph, and its
+                gradient.
 
         Returns:
             The loss, not finite if the step was skipped for it.
@@ -121,23 +125,30 @@ class Player:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step, self.steps)
-        total = 0.0
+        total = torch.zeros(1, device=self.accelerator.device)
         for micro in range(self.micro_batches):
-            rng = stream(self.seed, self.name, step, micro, self.accelerator.process_index)
+            rng = self.streams(step, micro)
             last = micro == self.micro_batches - 1
             with self.accelerator.no_sync(self.model) if not last else nullcontext():
-                total += compute(rng, self._backward) / self.micro_batches
-        norm = self._gradient_norm()
-        loss = float(self.accelerator.reduce(torch.tensor([total], device=self.accelerator.device), "mean"))
-        if math.isfinite(loss) and math.isfinite(norm):
+                total = total + compute(rng, self._backward) / self.micro_batches
+        total, norm = self.accelerator.reduce(total, "mean"), self._gradient_norm()
+        # The one place of a step where the host waits for a GPU: whether to make the step is decided on the host.
+        loss, size = torch.cat([total, norm.reshape(1).to(total)]).tolist()
+        if math.isfinite(loss) and math.isfinite(size):
             self.optimizer.step()
-            if self.average is not None:
-                self.average.update_parameters(self.network)
+            self._move_average()
             self.in_a_row = 0
         else:
-            self._skip(step, loss, norm)
+            self._skip(step, loss, size)
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+    def streams(self, step: int, micro: int) -> Streams:
+        """Return the random streams of a call of the loss function; those of images know nothing of micro-batches."""
+        if self.micro_batch is None:
+            return stream(self.seed, self.name, step, micro, self.accelerator.process_index)
+        first = (self.accelerator.process_index * self.micro_batches + micro) * self.micro_batch
+        return BatchStreams(range(first, first + self.micro_batch), self.seed, self.name, step)
 
     def averaged(self) -> nn.Module:
         """Return the network with averaged weights (the network itself without EMA)."""
@@ -175,16 +186,17 @@ class Player:
                 f"not finite {self.in_a_row} times in a row"
             )
 
-    def _gradient_norm(self) -> float:
+    def _gradient_norm(self) -> Tensor:
         limit = self.clip if self.clip is not None else math.inf
-        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        return norm
 
-
-def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential average whose decay warms up as min(decay, (1 + k)/(10 + k)), so that the start is forgotten."""
-
-    def update(averaged: list[Tensor], current: list[Tensor], k: Tensor | int) -> None:
-        d = min(decay, (1 + float(k)) / (10 + float(k)))
-        torch._foreach_lerp_(averaged, current, 1 - d)
-
-    return update
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        """Move the exponential average, whose decay warms up as min(ema, (1 + k)/(10 + k)): the start is forgotten."""
+        if self.average is None or self.ema is None:
+            return
+        k = int(self.average.n_averaged)  # which is on the CPU
+        decay = min(self.ema, (1 + k) / (10 + k)) if k else 0.0
+        torch._foreach_lerp_(list(self.average.module.parameters()), list(self.network.parameters()), 1 - decay)
+        self.average.n_averaged += 1

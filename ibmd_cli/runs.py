@@ -30,7 +30,12 @@ RESUME = ("auto", "never")
 
 @contextmanager
 def open_run(
-    out: Path, config: DistillConfig, origins: Mapping[str, str], resume: str, processes: int
+    out: Path,
+    config: DistillConfig,
+    origins: Mapping[str, str],
+    resume: str,
+    processes: int,
+    inputs: Mapping[str, str],
 ) -> Iterator[None]:
     """Make the run folder, or check that the one that is there may be continued with these settings; then hold it.
 
@@ -39,16 +44,17 @@ def open_run(
         config: the settings.
         origins: where each came from.
         resume: of `ibmd distill`; "never" refuses a folder that holds a run.
-        processes: that train.
+        processes: that train; a run may be continued by more or fewer.
+        inputs: teacher and data → what was found of them; a run that is continued must find the same.
 
     Raises:
         UsageError: the folder holds something else, a run that was started otherwise, or one that is still running.
     """
     file = out / "config.json"
     if file.exists():
-        _check(out, config, resume, processes)
+        _check(out, config, resume, inputs)
     else:
-        _start(out, config, origins, processes)
+        _start(out, config, origins, processes, inputs)
     with file.open() as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, or the process dies
@@ -58,7 +64,9 @@ def open_run(
         yield
 
 
-def _start(out: Path, config: DistillConfig, origins: Mapping[str, str], processes: int) -> None:
+def _start(
+    out: Path, config: DistillConfig, origins: Mapping[str, str], processes: int, inputs: Mapping[str, str]
+) -> None:
     if out.exists() and any(path.name[:6] != ".ibmd-" for path in out.iterdir()):
         raise UsageError(f"{out}: not empty and not a run folder; give another --out")
     content = {
@@ -66,23 +74,22 @@ def _start(out: Path, config: DistillConfig, origins: Mapping[str, str], process
         "processes": processes,
         "settings": to_json(config),
         "origins": dict(origins),
+        "inputs": dict(inputs),
     }
     with atomic_file(out / "config.json") as new:
         new.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _check(out: Path, config: DistillConfig, resume: str, processes: int) -> None:
+def _check(out: Path, config: DistillConfig, resume: str, inputs: Mapping[str, str]) -> None:
     """Refuse to continue a run that was started otherwise."""
     if resume == "never":
         raise UsageError(f"{out}: holds a run already; give another --out, or --resume auto to continue it")
     saved = read_json(out / "config.json")
     if changed := differences(config, saved["settings"]):
         raise UsageError(f"{out}: a run with other settings ({'; '.join(changed)}); give another --out")
-    if saved["processes"] != processes:
-        raise UsageError(
-            f"{out}: a run with other processes: {saved['processes']} there, {processes} here; "
-            f"give --processes {saved['processes']}, or another --out"
-        )
+    before = saved.get("inputs", inputs)
+    if changed := [f"{k}: {before.get(k)} there, {now} here" for k, now in inputs.items() if before.get(k) != now]:
+        raise UsageError(f"{out}: teacher or data changed ({'; '.join(changed)}); put them back, or give another --out")
 
 
 def _sweep(out: Path) -> None:

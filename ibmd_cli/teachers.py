@@ -88,10 +88,10 @@ def find_teacher(
     else:
         path = resolve(reference, "teacher")
     if _is_ours(path):
-        if preset or head_channels or attention_order:
+        if head_channels or attention_order:  # a preset is no contradiction: `distill` takes its settings
             raise UsageError(
-                f"--preset, --head-channels and --attention-order are for published checkpoints: {reference} is a "
-                "model of ibmd and says all this itself; leave them out"
+                f"--head-channels and --attention-order are for published checkpoints: {reference} is a model of ibmd "
+                "and says all this itself; leave them out"
             )
         return path
     return _converted(path, reference, preset, head_channels, attention_order)

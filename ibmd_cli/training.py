@@ -8,12 +8,10 @@ training needs) and `student/` (all that the other commands need). Every random 
 import copy
 import math
 import os
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,20 +19,32 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from ibmd_cli import __version__
-from ibmd_cli.config import DistillConfig, to_json
+from ibmd_cli.config import AUTO, DistillConfig, to_json
 from ibmd_cli.data import SourceImages
-from ibmd_cli.distillation import Sources, ibmd
+from ibmd_cli.devices import tune
+from ibmd_cli.distillation import Setup, Sources, bridge_iterations, bridge_loss, ibmd, rollout, student_step
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file
 from ibmd_cli.images import to_uint8
+from ibmd_cli.loading import count_workers
 from ibmd_cli.logs import Watch
+from ibmd_cli.memory import (
+    GIB,
+    SHARE_OF_FREE,
+    forget_peak,
+    free_memory,
+    keep_freed_memory,
+    largest_micro_batch,
+    peak_memory,
+)
 from ibmd_cli.metrics import diversity
-from ibmd_cli.models import Model, Student, Teacher, make_setup, sha256, student_times
+from ibmd_cli.models import Model, Student, Teacher, load_model, make_setup, sha256, student_times
 from ibmd_cli.mosaics import labelled_grid
-from ibmd_cli.noise import stream
+from ibmd_cli.networks import Predictor
+from ibmd_cli.noise import BatchStreams, Streams, stream
 from ibmd_cli.optimisation import Player, Schedule
 from ibmd_cli.pages import run_page, write_page
 from ibmd_cli.reporting import Reporter
@@ -75,7 +85,7 @@ def distill(
     accelerator = _accelerator(config, out, device)
     reporter = reporter if accelerator.is_main_process else Reporter(quiet=True)
     share, rest = divmod(config.batch_size, accelerator.num_processes)
-    micro_batch = config.micro_batch or share
+    micro_batch = 1 if config.micro_batch == AUTO else int(config.micro_batch) or share
     if rest or share % micro_batch:
         raise UsageError(
             f"--batch-size {config.batch_size} is not a multiple of {accelerator.num_processes} process(es) × "
@@ -83,11 +93,17 @@ def distill(
         )
     teacher = _load(config, reporter)
     degradation = "" if config.degrade == "none" else config.degrade
-    sources = SourceImages(config.data, teacher.config, reporter, degradation, config.masks)
-    hold = open_run(out, config, origins, resume, accelerator.num_processes)
-    with hold if accelerator.is_main_process else nullcontext():
+    workers = count_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    sources = SourceImages(
+        config.data, teacher.config, reporter, degradation, config.masks,
+        layout=config.layout, labels=config.labels, workers=workers,
+    )  # fmt: skip
+    student = _new_student(config, teacher)
+    inputs = {config.teacher: f"sha256 {student.config['teacher']['sha256']}", **sources.inputs}
+    hold = open_run(out, config, origins, resume, accelerator.num_processes, inputs)
+    with hold if accelerator.is_main_process else nullcontext(), closing(sources):
         accelerator.wait_for_everyone()
-        _train(config, out, resume, teacher, sources, micro_batch, accelerator, reporter)
+        _train(config, out, resume, teacher, student, sources, accelerator, reporter)
     return out / "student"
 
 
@@ -96,12 +112,22 @@ def _accelerator(config: DistillConfig, out: Path, device: torch.device) -> Acce
         raise UsageError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
     if config.track and find_spec(config.track) is None:
         raise UsageError(f"--track {config.track}: it is not installed: pip install {config.track}")
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UsageError(
+                f"ACCELERATE_USE_{name}: networks are not split over GPUs: turn it off in `accelerate config`; "
+                "--micro-batch auto, --checkpointing and --precision bf16 take less memory"
+            )
     if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
         torch.cuda.set_device(device)  # the one that Accelerate takes
+    tune(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=config.track or None,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
     )
 
@@ -111,8 +137,8 @@ def _train(
     out: Path,
     resume: str,
     teacher: Teacher,
+    student: Student,
     sources: SourceImages,
-    micro_batch: int,
     accelerator: Accelerator,
     reporter: Reporter,
 ) -> None:
@@ -125,17 +151,24 @@ def _train(
     torch.manual_seed(config.seed)
     teacher.to(accelerator.device).predictor.requires_grad_(False)
     bridge_model = copy.deepcopy(teacher.predictor).requires_grad_(True)
-    student = _new_student(config, teacher)
     student.predictor.to(accelerator.device).requires_grad_(True)
     for predictor in (teacher.predictor, bridge_model, student.predictor):
         predictor.backbone.gradient_checkpointing = config.checkpointing
     # Dropout stays off (eval mode): student and bridge model must agree with the teacher at the start.
+    setup = make_setup(student.predictor, student.config["sampling"], config.t_power, config.weight_power)
+    share = config.batch_size // accelerator.num_processes
+    if config.micro_batch == AUTO:
+        networks = (teacher.predictor, bridge_model, student.predictor)
+        micro_batch = _fitting_micro_batch(config, share, networks, setup, sources, accelerator, reporter)
+    else:
+        micro_batch = int(config.micro_batch) or share
     player = partial(
         Player,
         accelerator=accelerator,
         seed=config.seed,
         betas=config.betas,
-        micro_batches=config.batch_size // accelerator.num_processes // micro_batch,
+        micro_batches=share // micro_batch,
+        micro_batch=micro_batch,
     )
     phi = player(
         "bridge_model",
@@ -152,6 +185,9 @@ def _train(
         ema=config.ema,
     )
     x0_star = accelerator.prepare_model(teacher.predictor, evaluation_mode=True)
+    if config.compile:  # after their copies were made, and in place: names of parameters stay
+        for predictor in (teacher.predictor, bridge_model, student.predictor):
+            predictor.backbone.compile()
     run = Run(out, {"student": theta, "bridge_model": phi}, student, config.keep, accelerator.scaler)
     start, spent = run.restore(resume, reporter)
     watch = Watch(config.steps, run.trim_log(start) if main else ())
@@ -164,17 +200,18 @@ def _train(
         reporter.note(f"{out}: complete ({start} student updates); to train anew, give another --out")
         return
 
-    def draw(rng: torch.Generator) -> Sources:
+    sources.expect(micro_batch, _coming_streams(config, start, phi, theta))
+
+    def draw(rng: Streams) -> Sources:
         return sources.batch(micro_batch, rng, config.flip, accelerator.device)
 
-    setup = make_setup(student.predictor, student.config["sampling"], config.t_power, config.weight_power)
     preview = Preview(sources, teacher, config.seed, accelerator.device) if main else None
     if preview and start == 0:
         preview.save(out / "previews" / "step-000000.png", student, theta.averaged())
     steps = ibmd(
         x0_star, phi.model, theta.model, setup, draw, phi.update, theta.update,
         steps=config.steps, bridge_steps=config.bridge_steps, bridge_warmup=config.bridge_warmup,
-        start=start, recompute=config.recompute,
+        start=start, recompute=config.recompute, reuse=config.reuse,
     )  # fmt: skip
     warmup, images = config.bridge_warmup * config.batch_size, config.batch_size * (config.bridge_steps + 1)
     began = time.monotonic()
@@ -194,7 +231,8 @@ def _train(
             stop = _agreed(accelerator, interrupted)
             line: dict[str, Any] = {"step": k, **{name: v if math.isfinite(v) else None for name, v in losses.items()}}
             line |= {"lr": theta.schedule(step.k, config.steps), **done, "images_per_second": rate}
-            line |= {"peak_memory_bytes": peak_memory(accelerator.device), "skipped": phi.skipped + theta.skipped}
+            line |= {"micro_batch": micro_batch, "peak_memory_bytes": peak_memory(accelerator.device)}
+            line |= {"skipped": phi.skipped + theta.skipped, "broken_images": len(sources.broken)}
             show = k % config.preview_every == 0 or k == config.steps
             save = stop or k % config.checkpoint_every == 0 or k == config.steps
             if preview:
@@ -215,6 +253,15 @@ def _train(
                 reporter.note(f"interrupted after step {k}; the same command continues from here")
                 raise KeyboardInterrupt
     accelerator.end_training()
+
+
+def _coming_streams(config: DistillConfig, start: int, phi: Player, theta: Player) -> Iterator[Streams]:
+    """Yield copies of the random streams of all coming batches, in the order in which `ibmd` draws them."""
+    for k in range(start, config.steps):
+        for l, fresh in bridge_iterations(k, config.bridge_steps, config.bridge_warmup, config.reuse):  # noqa: E741
+            if fresh:
+                yield from (phi.streams(l, micro) for micro in range(phi.micro_batches))
+        yield from (theta.streams(k, micro) for micro in range(theta.micro_batches))
 
 
 @contextmanager
@@ -240,14 +287,66 @@ def _load(config: DistillConfig, reporter: Reporter) -> Teacher:
     )
 
 
+def _fitting_micro_batch(
+    config: DistillConfig,
+    share: int,
+    networks: tuple[Predictor, Predictor, Predictor],
+    setup: Setup,
+    sources: SourceImages,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> int:
+    """Find the micro-batch of `--micro-batch auto`, the same in all processes; weights stay as they are."""
+    teacher, bridge_model, student = networks
+    device = accelerator.device
+    sharers = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limit = config.memory * GIB or SHARE_OF_FREE * free_memory(device) / sharers
+    learning = [*bridge_model.parameters(), *student.parameters()]
+    gradients = sum(p.nbytes for p in learning)
+    later = 2 * gradients + sum(p.nbytes for p in student.parameters())  # Adam's moments, the average
+    forget_peak(device)
+    start = peak_memory(device)
+
+    def attempt(images: int) -> int:
+        rng = BatchStreams(range(images), config.seed, "micro-batch")
+        batch = sources.batch(images, rng, config.flip, device)
+        with accelerator.autocast():
+            with torch.no_grad():
+                x_0 = rollout(student, setup, batch, rng)
+            bridge_loss(bridge_model, setup, x_0, batch, rng).backward()
+            student_step(teacher, bridge_model, student, setup, batch, rng, recompute=config.recompute)
+        return peak_memory(device) - start + later
+
+    found = largest_micro_batch(share, limit, gradients + later, attempt)
+    for p in learning:
+        p.grad = None
+    torch.cuda.empty_cache()  # of an attempt that did not fit
+    found = int(accelerator.gather(torch.tensor([found], device=device)).min())
+    reporter.note(f"--micro-batch auto: {found} of {share} images at a time, in {limit / GIB:.3g} GiB")
+    return found
+
+
 def _new_student(config: DistillConfig, teacher: Model) -> Student:
-    """Make a student of the teacher's weights; those for z are zero or small (arXiv:2502.01362v2, App. B)."""
+    """Make a student of the teacher's weights; those for z are zero or small (arXiv:2502.01362v2, App. B).
+
+    Differs from the paper: with `init`, of the weights of a student, e.g. one of fewer steps.
+    """
     bridge = teacher.predictor.bridge
     channels = config.noise_channels if config.noise else 0
     rng = stream(config.seed, "noise weights")
     predictor = copy.deepcopy(teacher.predictor)
     if channels:
         predictor = predictor.widen(channels, config.noise_init, rng)
+    noise = {"channels": channels, "grid": config.noise_grid or teacher.image_size}
+    if config.init:
+        first = load_model(config.init, "student")
+        have, want = (
+            {**model.to_dict(), "noise": settings}
+            for model, settings in ((first.predictor, first.config["sampling"]["noise"]), (predictor, noise))
+        )
+        if wrong := [f"{key}: {have[key]} there, {want[key]} here" for key in want if have[key] != want[key]]:
+            raise UsageError(f"--init {config.init}: another kind of student ({'; '.join(wrong)})")
+        predictor = first.predictor
     chained = bridge.to_dict()["kind"] == "i2sb"
     shared = ("network", "bridge", "preconditioning", "conditional", "noise_channels")
     inherited = ("task", "image", "classes", "mask", "degradation", "licence")
@@ -260,8 +359,8 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
         **{key: predictor.to_dict()[key] for key in shared},
         **{key: teacher.config.get(key) for key in inherited},
         "sampling": {
-            "timesteps": student_times(bridge, config.nfe),
-            "noise": {"channels": channels, "grid": config.noise_grid or teacher.image_size},
+            "timesteps": student_times(bridge, config.nfe, config.timesteps),
+            "noise": noise,
             "rollout": "chain" if chained else "random-step",
             "transition": "posterior" if chained else "marginal",
         },
@@ -325,13 +424,6 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes: on the GPU it trains on, else in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _agreed(accelerator: Accelerator, interrupted: list[int]) -> bool:

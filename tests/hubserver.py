@@ -181,6 +181,26 @@ class _Handler(BaseHTTPRequestHandler):
                 200, {"id": repo, "modelId": repo, "private": known.private, "sha": known.commit, "siblings": []}
             )
 
+    def describe_data(self, repo: str) -> None:
+        """What the Hub says of a data set."""
+        if (known := self._find(repo)) is not None:
+            told = {"id": repo.removeprefix("datasets/"), "private": known.private, "sha": known.commit, "tags": []}
+            self._json(200, told | {"siblings": [{"rfilename": name} for name in known.files]})
+
+    def tree(self, repo: str, revision: str, folder: str = "") -> None:
+        """The files and folders in a folder of a data set."""
+        if (known := self._find(repo)) is None:
+            return
+        inside = [name for name in known.files if name.startswith(folder)]
+        if folder and not inside:
+            return self._refuse(404, "EntryNotFound", "Entry not found")
+        deep = "recursive=true" in self.path.lower()
+        here = [name for name in inside if deep or "/" not in name.removeprefix(folder).lstrip("/")]
+        folders = {folder + name.removeprefix(folder).split("/")[0] for name in inside if name not in here}
+        files = [(name, known.files[name]) for name in here]
+        found = [{"type": "file", "path": name, "size": len(f.content), "oid": f.etag} for name, f in files]
+        self._json(200, found + [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)])
+
     def create(self) -> None:
         """Make a repository."""
         asked = json.loads(self._body())
@@ -332,9 +352,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
 
+DATA = r"(?P<repo>datasets/[^/]+/[^/]+)"
 ROUTES = [
     ("hub", ("GET", "HEAD"), r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
     ("hub", ("GET",), r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/main)?", _Handler.describe),
+    ("hub", ("GET", "HEAD"), rf"/{DATA}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
+    ("hub", ("GET",), rf"/api/{DATA}(/revision/[^/]+)?", _Handler.describe_data),
+    ("hub", ("GET",), rf"/api/{DATA}/tree/(?P<revision>[^/]+)", _Handler.tree),
+    ("hub", ("GET",), rf"/api/{DATA}/tree/(?P<revision>[^/]+)/(?P<folder>.+)", _Handler.tree),
     ("hub", ("POST",), r"/api/repos/create", _Handler.create),
     ("hub", ("POST",), r"/api/validate-yaml", _Handler.validate),
     ("hub", ("POST",), r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", _Handler.preupload),

@@ -10,16 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ibmd_cli"
 LAYERS = (
     ("normals",),
-    ("errors", "figures", "files", "logs", "noise", "reporting"),
+    ("errors", "figures", "files", "layers", "logs", "markup", "noise", "reporting"),
     ("bridges", "config", "decoding", "degradations", "devices", "encoding", "hub", "launching", "sharing", "tiles"),
-    ("exported", "images", "networks", "pages", "sheets"),
-    ("distillation", "jobs"),
+    ("albums", "exported", "images", "labels", "networks", "pages", "sheets"),
+    ("distillation", "jobs", "memory"),
     ("samplers",),
     ("models",),
     ("checkpoints", "programs"),
     ("onnx_graphs", "runners", "teachers"),
-    ("cards", "mosaics", "optimisation", "metrics"),
-    ("web",),
+    ("cards", "classifiers", "engines", "mosaics", "optimisation", "metrics", "weights"),
+    ("distances", "features", "protocols", "records", "reports", "web"),
+    ("fetching", "loading", "pairs", "references"),
+    ("measuring",),
+    ("pictures", "scoring"),
     ("data", "evaluation", "export", "runs", "translating"),
     ("plan", "reading", "student", "training"),
     ("sampling",),
@@ -63,6 +66,11 @@ def test_command_line_starts_light(heavy: str):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_sampling_imports_pytorch_only_for_its_models():
+    code = "import sys, ibmd_cli.sampling, ibmd_cli.runners; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_sampling_does_not_import_accelerate():
-    code = "import sys, ibmd_cli.sampling, ibmd_cli.models; sys.exit('accelerate' in sys.modules)"
+    code = "import sys, ibmd_cli.sampling, ibmd_cli.engines; sys.exit('accelerate' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

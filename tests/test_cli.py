@@ -80,3 +80,12 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path: Path, tiny_teac
     assert len(done.stderr.splitlines()) == 1
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     assert ibmd(*arguments).returncode == 0
+
+
+def test_one_of_several_processes_says_which_it_is():
+    """What is wrong with the settings is told by the first alone; anything else may be wrong with one of them."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    command = ["distill", "--dry-run", "--teacher"]
+    done = ibmd(*command, "builtin:outline2emojy", **place)
+    assert done.stderr.startswith("error: process 1 of 2: no teacher 'builtin:outline2emojy'")
+    assert ibmd(*command, "builtin:outline2emoji", "--lr", "-1", **place).stderr == ""

@@ -31,14 +31,27 @@ def test_preset_belongs_to_its_teacher():
     assert (config.t_power, config.noise_grid, config.bridge_warmup) == (1.0, 0, 0)
 
 
+DATA_SETS = {
+    **{alias: "imagenet" for alias, row in published().items() if row["family"] != "ddbm"},
+    **{"ddbm-edges2handbags": "edges2handbags", "ddbm-diode": "diode"},
+}
+
+
 def test_presets_are_valid_settings():
     for teacher, values in load_presets().items():
         kind, _, name = teacher.partition(":")
         config, _ = resolve({"teacher": teacher}, {}, None)
         assert set(values) - {"by_nfe"} <= set(DistillConfig.__annotations__)
-        assert config.data == ((teacher,) if kind == "builtin" else ()), teacher
+        assert config.data == ((teacher,) if kind == "builtin" else (f"dataset:{DATA_SETS[name]}",)), teacher
         if kind == "hub":
             assert config.degrade in ("", published()[name]["degradation"])
+
+
+def test_data_of_the_preset_by_name():
+    config, origins = resolve({"teacher": "hub:ddbm-diode", "data": ("preset",)}, {"IBMD_DATA": "mine"}, None)
+    assert (config.data, origins["data"]) == (("dataset:diode",), "preset")
+    with pytest.raises(UsageError, match="--data preset: somewhere/mine has no data of its own"):
+        resolve({"teacher": "somewhere/mine", "data": ("preset",)}, {}, None)
 
 
 TABLE_7 = [  # teacher, N, L, learning rate, student updates, z

@@ -63,7 +63,7 @@ def test_degraded_as_drawn(emoji: Path, clean: Tensor, teacher: dict):
 
 
 def test_sources_stay_as_they_are(emoji: Path, clean: Tensor, teacher: dict):
-    batch = SourceImages([str(emoji)], teacher, QUIET).batch(16, stream(0), flip=False)
+    batch = SourceImages([str(emoji)], teacher, QUIET).batch(64, stream(0), flip=False)
     assert set(rows_of(batch.x_T, clean)) == set(range(6))
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ibmd_cli.distillation import Sources
-from ibmd_cli.errors import IbmdError, NotAvailable
-from ibmd_cli.models import assets, builtin_names, load_model, save_model
+from ibmd_cli.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge
+from ibmd_cli.distillation import Sources, translate
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
+from ibmd_cli.models import Student, assets, builtin_names, load_model, save_model, student_times
 from ibmd_cli.noise import stream
 
 
@@ -114,3 +115,32 @@ def test_embedded_assets_are_small_and_attributed():
     assert "CC BY-SA 4.0" in (folder / "LICENSE.md").read_text()
     for kind in ("teacher", "student"):
         assert load_model("builtin:outline2emoji", kind).config["licence"] == "CC-BY-SA-4.0"
+
+
+def test_student_of_four_steps_makes_fewer_calls_at_times_that_it_knows():
+    student = load_model("builtin:outline2emoji", "student")
+    assert isinstance(student, Student)
+    times = [1.0, 0.7, 0.4, 0.1]
+    sampling = {**student.config["sampling"], "timesteps": times}
+    student = Student(student.predictor, {**student.config, "sampling": sampling})
+    calls = {n: list(student.setup_for(n).timesteps) for n in (1, 2, 3, 4)}
+    assert calls == {1: [1.0], 2: [1.0, 0.4], 3: [1.0, 0.7, 0.1], 4: times}
+    x_T = torch.rand(1, 3, 32, 32)
+    *_, last = translate(student.predictor, student.setup_for(2), Sources(x_T), stream(0))
+    assert torch.equal(student.translate(Sources(x_T), stream(0), nfe=2), last.clamp(-1, 1))
+    for nfe in (0, 5):
+        with pytest.raises(UsageError, match=f"--nfe {nfe}: .* was distilled for 4: expected 1 … 4"):
+            student.setup_for(nfe)
+
+
+@pytest.mark.parametrize("bridge", [VPBridge(), VEBridge(T=80.0), I2SBBridge(), DBIMBridge()], ids=lambda b: b.kind)
+def test_times_of_a_student(bridge):
+    for nfe in (1, 2, 4):
+        times = student_times(bridge, nfe)
+        assert times == sorted(times, reverse=True)
+        assert (len(times), times[0]) == (nfe, bridge.T)
+        assert student_times(bridge, nfe, times) == times
+    wrong = [(bridge.T / 2,), (bridge.T, bridge.T), (bridge.T, 0.0), (bridge.T, bridge.t_min)]
+    for times in wrong + ([(999, 499.5)] if bridge.kind == "i2sb" else []):
+        with pytest.raises(UsageError, match="--timesteps .*: expected .* fall from"):
+            student_times(bridge, len(times), times)

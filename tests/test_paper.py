@@ -13,12 +13,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibmd_cli.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge, expand_to
 from ibmd_cli.distillation import (
     Setup,
     Sources,
     Step,
+    bridge_iterations,
     bridge_loss,
     draw_time,
     draw_z,
@@ -491,6 +493,76 @@ def test_bridge_warm_up_comes_once_and_first():
     assert [entry[:2] for entry in log] == expected[8:]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((0, 3), [(0, True), (1, True), (2, True)]),
+        ((2, 3), [(6, True), (7, True), (8, True)]),
+        ((2, 3, 4, 2), [(10, True), (11, False), (12, True)]),
+        ((0, 3, 2, 4), [(0, True), (1, False), (2, False), (3, False), (4, True)]),
+    ],
+)
+def test_bridge_iterations(arguments, expected):
+    """L before each student iteration, after the warm-up; images are never shared across a student iteration."""
+    assert list(bridge_iterations(*arguments)) == expected
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_reused_images_get_new_times_and_noise(micro):
+    """The student runs for every second update; another update of the bridge model sees the same x_0 at other t."""
+    teacher, phi, student = toys()
+    seen = []
+
+    class Watched(VPBridge):
+        def sample(self, x_0, x_T, t, eps):
+            seen.append((x_0.clone(), x_T, t, eps))
+            return super().sample(x_0, x_T, t, eps)
+
+    def update(model):
+        def step(number, compute):
+            for i in range(micro):
+                loss = compute(stream(8, id(model) == id(phi), number, i))
+            with torch.no_grad():
+                model.w -= 0.05 * model.w.grad
+            model.w.grad = None
+            return loss
+
+        return step
+
+    setup = dataclasses.replace(GRIDS["one-step"], bridge=Watched(VP.beta_d, VP.beta_min))
+    settings = {"steps": 2, "bridge_steps": 3, "reuse": 2, "recompute": False}
+    list(ibmd(teacher, phi, student, setup, toy_sources, update(phi), update(student), **settings))
+    assert len(student.calls) == micro * 2 * (2 + 1)  # updates 0 and 2 of three, and its own
+    of_phi = [seen[i : i + 3 * micro] for i in (0, 5 * micro)]  # before each student iteration, which samples twice
+    for entries in of_phi:
+        first, second, third = (entries[i : i + micro] for i in range(0, 3 * micro, micro))
+        for one, other, new in zip(first, second, third, strict=True):
+            assert torch.equal(one[0], other[0])
+            assert torch.equal(one[1], other[1])
+            assert not (one[2] == other[2]).any()
+            assert not (one[3] == other[3]).any()
+            assert not torch.equal(new[0], one[0])
+
+
+def test_losses_are_not_read_by_the_host():
+    """On a GPU each reading would make it wait: the players' updates get tensors."""
+
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    def update(number, compute):
+        with NoReads():
+            loss = compute(stream(8, number))
+        assert isinstance(loss, torch.Tensor)
+        assert not loss.requires_grad
+        return loss.item()
+
+    setup = GRIDS["chain-posterior"]  # in "random-step" the number of the step is read, which is drawn on the CPU
+    list(ibmd(*toys(), setup, toy_sources, update, update, steps=2, bridge_steps=2))
+
+
 def test_loop_yields_what_the_updates_return():
     """It computes the two losses of Eq. (7) and (10), on fresh sources, each on its own stream."""
     setup = GRIDS["random-step-posterior"]
@@ -537,12 +609,13 @@ def test_losses_go_through_the_backward_of_the_update():
     assert calls == [1, 1, 2]
 
 
+@pytest.mark.parametrize("reuse", [1, 2])
 @pytest.mark.parametrize("name", ["one-step", "random-step-marginal"])
-def test_resumed_run_gives_the_same_numbers(name):
+def test_resumed_run_gives_the_same_numbers(name, reuse):
     setup = GRIDS[name]
-    whole, _, steps = run(setup, steps=5, L=2)
-    half, _, first = run(setup, steps=3, L=2)
-    resumed, _, rest = run(setup, steps=5, L=2, start=3, models=half)
+    whole, _, steps = run(setup, steps=5, L=3, reuse=reuse)
+    half, _, first = run(setup, steps=3, L=3, reuse=reuse)
+    resumed, _, rest = run(setup, steps=5, L=3, start=3, models=half, reuse=reuse)
     assert first + rest == steps
     for one, other in zip(whole, resumed, strict=True):
         assert torch.equal(one.w, other.w)

@@ -100,9 +100,11 @@ def test_options_beside_a_file_are_part_of_it(tmp_path: Path):
     assert load_teacher(str(folder)).bridge.noise_free is True
 
 
-def test_model_folder_takes_no_preset():
+def test_model_folder_says_itself_what_a_checkpoint_leaves_open():
     with pytest.raises(UsageError, match="leave them out"):
-        load_teacher("builtin:outline2emoji", preset="ddbm-diode")
+        load_teacher("builtin:outline2emoji", head_channels=64)
+    teacher = load_teacher("builtin:outline2emoji", preset="ddbm-diode")  # the settings of a run, not of the network
+    assert teacher.config == load_teacher("builtin:outline2emoji").config
 
 
 @pytest.mark.parametrize("t", [-1, 1000])
@@ -258,7 +260,7 @@ def test_a_run_is_planned_without_fetching_converting_or_writing(tmp_path: Path,
     told = plan("--teacher", str(path), "--preset", "ddbm-edges2handbags")
     assert told["settings"]["steps"] == 14000
     assert told["plan"]["parameters of the teacher"] == sum(w.numel() for w in rule_weights("ddbm_vp").values())
-    assert told["plan"]["files to download"] == []
+    assert [f["files"] for f in told["plan"]["files to download"]] == [["edges2handbags.tar.gz"]]  # the preset's data
     assert not cache.exists()
     assert {f.name for f in tmp_path.iterdir()} == {"files"}
 

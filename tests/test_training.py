@@ -1,14 +1,15 @@
 """`ibmd distill` end to end on a tiny teacher: its folder, its settings, its updates."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from distilling import SMALL, distill, log, same, weights
+from distilling import SMALL, distill, interrupt, log, same, weights
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.models import load_model
@@ -30,8 +31,8 @@ def test_run_folder(arguments: list[object], tmp_path: Path):
     assert [f.name for f in sorted((out / "previews").iterdir())] == [f"step-{k:06d}.png" for k in (0, 2, 4)]
     lines = log(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    names = "step bridge_loss student_loss lr images seconds images_per_second peak_memory_bytes skipped bridge_lag"
-    assert set(lines[0]) == set(names.split())
+    names = "step bridge_loss student_loss lr images seconds images_per_second micro_batch peak_memory_bytes skipped"
+    assert set(lines[0]) == {*names.split(), "broken_images", "bridge_lag"}
     assert set(lines[1]) - set(lines[0]) == {"diversity", "teacher_diversity"}  # with each preview
     assert lines[-1]["images"] == 4 * 4 * 3
     student = load_model(str(out))
@@ -70,6 +71,30 @@ def test_data_that_cannot_serve(tiny_teacher: Path, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_networks_are_not_split(arguments: list[object], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(IbmdError, match=f"ACCELERATE_USE_{name}: networks are not split over GPUs"):
+        distill(*arguments, "--out", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler itself
+def test_compiled_networks_learn_the_same(
+    arguments: list[object], tmp_path: Path, gradients: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    """With the compiler's tracing alone: its C++ takes minutes."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: real(network, backend="aot_eager"))
+    arguments = [*arguments, "--steps", 1, "--bridge-steps", 1]
+    for options in ([], ["--compile"]):
+        distill(*arguments, *options, "--out", tmp_path / str(len(gradients)))
+    plain, compiled = torch.cat(gradients[:2]), torch.cat(gradients[2:])
+    assert not torch.equal(plain, compiled)
+    assert torch.allclose(plain, compiled, rtol=1e-4, atol=1e-5)
+    assert weights(tmp_path / "0").keys() == weights(tmp_path / "2").keys()
+
+
 def test_batch_that_does_not_divide(arguments: list[object], tmp_path: Path):
     with pytest.raises(IbmdError, match="--batch-size 4 is not a multiple"):
         distill(*arguments, "--micro-batch", "3", "--out", tmp_path / "run")
@@ -82,6 +107,10 @@ def test_dry_run_prints_every_value_with_its_origin(arguments: list[object], tmp
     assert report["origins"]["steps"] == "flag"
     assert report["origins"]["ema"] == "default"
     assert report["plan"]["parameters of the student"] > report["plan"]["parameters of the teacher"]
+    assert (
+        report["plan"]["memory of each process, bytes"]
+        > report["plan"]["activations, bytes per image of a micro-batch"]
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -105,31 +134,64 @@ def test_mixed_precision_follows_full_precision(arguments: list[object], tmp_pat
 
 
 def test_multi_step_student(arguments: list[object], tmp_path: Path):
-    distill(*arguments, "--nfe", "2", "--out", tmp_path / "run")
+    distill(*arguments, "--nfe", "2", "--timesteps", "1,0.3", "--out", tmp_path / "run")
     student = load_model(str(tmp_path / "run"))
-    assert student.config["sampling"]["timesteps"][0] == 1.0
+    assert student.config["sampling"]["timesteps"] == [1.0, 0.3]
     assert student.nfe == 2
+    first = ["--init", tmp_path / "run", "--lr", "1e-9"]
+    distill(*arguments, *first, "--out", tmp_path / "one")
+    before, after = weights(tmp_path / "run"), weights(tmp_path / "one")
+    assert all(torch.allclose(before[key], v, atol=1e-8) for key, v in after.items())
+    assert load_model(str(tmp_path / "one")).nfe == 1
+    with pytest.raises(IbmdError, match=r"another kind of student \(noise: .*'grid': 16.* there, .*'grid': 2.* here\)"):
+        distill(*arguments, *first, "--noise-grid", "2", "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
-def test_micro_batches_give_the_same_update():
-    """Gradients averaged over 4 × 4 images equal those of 1 × 16, as the loss is a mean."""
-    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
-    results = []
-    for micro in (1, 4):
-        torch.manual_seed(0)
-        player = Player(
-            "p", torch.nn.Linear(3, 1), Accelerator(cpu=True), Schedule(0.1), steps=1, seed=0, micro_batches=micro
-        )
-        parts = iter(x.chunk(micro))
+@pytest.fixture
+def gradients() -> Iterator[list[torch.Tensor]]:
+    """The gradients of each optimiser step."""
+    found: list[torch.Tensor] = []
 
-        def compute(rng: torch.Generator, backward, parts=parts, player=player) -> float:
-            loss = player.model(next(parts)).square().mean()
-            backward(loss)
-            return loss.item()
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        found.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
 
-        player.update(0, compute)
-        results.append(torch.cat([p.flatten() for p in player.network.parameters()]))
-    assert torch.allclose(*results, atol=1e-6)
+    hook = register_optimizer_step_pre_hook(look)
+    yield found
+    hook.remove()
+
+
+@pytest.mark.parametrize("nfe", [1, 2])
+def test_micro_batches_give_the_same_update(
+    arguments: list[object], tmp_path: Path, gradients: list[torch.Tensor], nfe: int
+):
+    """1 × 16, 4 × 4 and 16 × 1 images: they are the same images, times, steps and noise, and the loss is a mean."""
+    arguments = [*arguments, "--batch-size", 16, "--steps", 1, "--nfe", nfe]
+    for micro in (0, 4, 1):
+        distill(*arguments, "--micro-batch", micro, "--out", tmp_path / str(micro))
+    whole, *others = (torch.cat(gradients[i : i + 3]) for i in (0, 3, 6))  # bridge model, bridge model, student
+    assert whole.abs().max() > 0.01
+    for other in others:
+        assert torch.allclose(whole, other, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batch_may_change_in_a_run(arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    distill(*arguments, "--out", tmp_path / "whole")
+    command = [*arguments, "--out", tmp_path / "cut"]
+    interrupt(monkeypatch, command, 2)
+    distill(*command, "--micro-batch", "2")
+    assert [line["micro_batch"] for line in log(tmp_path / "cut")] == [4, 4, 2, 2]
+    one, other = ([line["student_loss"] for line in log(tmp_path / name)] for name in ("whole", "cut"))
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_micro_batch_that_fits(arguments: list[object], tmp_path: Path):
+    distill(*arguments, "--micro-batch", "auto", "--out", tmp_path / "auto")
+    distill(*arguments, "--out", tmp_path / "plain")
+    assert log(tmp_path / "auto")[0]["micro_batch"] == 4
+    assert same(tmp_path / "auto", tmp_path / "plain")  # trying left no trace
+    with pytest.raises(IbmdError, match="not even one image fits into 0.0001 GiB: --recompute, --checkpointing"):
+        distill(*arguments, "--micro-batch", "auto", "--memory", "0.0001", "--out", tmp_path / "small")
 
 
 def squares(player: Player, factor: float = 1.0, dtype: torch.dtype = torch.float32):
@@ -209,6 +271,9 @@ def test_schedule(decay: str, last: float):
     ("options", "message"),
     [
         (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--nfe", "2", "--timesteps", "1"], "--timesteps: 1 times, but --nfe 2"),
+        (["--nfe", "2", "--timesteps", "0.5,1"], "--timesteps 0.5, 1: expected times that fall from 1 and stay above"),
+        (["--micro-batch", "many"], "--micro-batch .*'many' is not of type int"),
         (["--data", "builtin:outline2emoji"], "images of 32 pixels, but the teacher is for 16"),
     ],
 )
