@@ -44,9 +44,18 @@ def test_signals_are_distilled_by_a_teacher_of_ones_own():
 
 
 @pytest.mark.slow
-def test_lean_step_needs_less_memory_for_the_same_gradient():
-    table = run("benchmarks/student_step.py", "--batch-size", 16, "--steps", 2, "--rounds", 1, "--threads", 1)
-    rows = [line.rsplit(maxsplit=6) for line in table.splitlines()[2:]]
-    ratios = {row[0]: float(row[3]) for row in rows}
-    assert ratios["lean, recomputed"] < ratios["lean"] < ratios["naive"]
-    assert all(float(row[-1]) < 1e-5 for row in rows)
+def test_lean_iterations_need_less_memory_for_the_same_gradients():
+    rows = ["all", "all but lean layers", "all, student run twice", "all, 4 micro-batches"]
+    settings = ["--batch-size", 32, "--bridge-steps", 1, "--rounds", 1, "--threads", 1, "--rows", *rows]
+    table = run("benchmarks/distill_cost.py", *settings).splitlines()[2:]
+    ratio = {line[:26].strip(): float(line[26:].split()[2]) for line in table}
+    assert ratio["all, 4 micro-batches"] < ratio["all, student run twice"] < ratio["all"]
+    assert ratio["all"] < ratio["all but lean layers"] < ratio["plain"] == 1
+    assert all(float(line.split()[-1]) < 1e-4 for line in table)
+
+
+@pytest.mark.slow
+def test_table_of_students_of_several_steps():
+    arguments = ["--student", "builtin:outline2emoji", "--images", 4, "--teacher-nfe", 2]
+    rows = run("multistep.py", "outline2emoji", *arguments).splitlines()
+    assert [row.split()[:2] for row in rows[1:]] == [["builtin:outline2emoji", "1"], ["teacher", "2"]]

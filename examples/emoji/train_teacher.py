@@ -8,16 +8,16 @@ one of every network in this package. Run the same command again to continue.
 """
 
 import argparse
-import json
-import time
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from teaching import train
 
 from ibmd_cli.bridges import Bridge, I2SBBridge, VPBridge
 from ibmd_cli.degradations import degrade
@@ -25,7 +25,6 @@ from ibmd_cli.distillation import Setup, Sources, bridge_loss
 from ibmd_cli.metrics import energy_score
 from ibmd_cli.networks import Preconditioning, Predictor, UNetConfig
 from ibmd_cli.noise import stream
-from ibmd_cli.optimisation import Player, Schedule
 from ibmd_cli.samplers import sample_teacher
 
 
@@ -141,56 +140,34 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     task, out = TASKS[args.task], args.out or Path("build") / args.task
-    out.mkdir(parents=True, exist_ok=True)
-
-    train, val = (Pairs(args.data / f"{split}.npz", task) for split in ("train", "val"))
+    pairs, val = (Pairs(args.data / f"{split}.npz", task) for split in ("train", "val"))
     torch.manual_seed(args.seed)
-    moments = train.moments() if task.preconditioning == "ddbm" else ()
+    moments = pairs.moments() if task.preconditioning == "ddbm" else ()
     preconditioning = Preconditioning(task.preconditioning, *moments)
     teacher = Predictor(task.network, task.bridge, preconditioning, task.conditional)
     teacher.to(memory_format=torch.channels_last)
     setup = Setup(teacher.bridge, teacher.weight, timesteps=(teacher.bridge.T,), t_power=task.t_power)
-    accelerator = Accelerator(cpu=True)
-    player = Player(
-        "teacher",
+
+    def draw(rng: torch.Generator) -> tuple[Tensor, Sources]:
+        x_0, x_T = pairs.batch(args.batch_size, rng)
+        return x_0, Sources(x_T)
+
+    train(
         teacher,
-        accelerator,
-        Schedule(args.lr, warmup=100, decay="cosine", floor=0.01),
+        setup,
+        draw,
+        lambda average: validate(average, task, setup, val),
+        out,
         steps=args.steps,
+        lr=args.lr,
         seed=args.seed,
-        clip=1.0,
-        ema=0.999,
-        weight_decay=0.01,
+        every=args.every,
+        about={
+            "settings": {"lr": args.lr, "batch_size": args.batch_size, "seed": args.seed},
+            "task": args.task,
+            "preconditioning": vars(teacher.preconditioning),
+        },
     )
-    start, file = 0, out / "state.pt"
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        player.load_state_dict(state["player"])
-        start = state["step"]
-
-    def compute(rng: torch.Generator, backward: Callable[[Tensor], None]) -> float:
-        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # dropout
-        x_0, x_T = train.batch(args.batch_size, rng)
-        loss = bridge_loss(teacher, setup, x_0, Sources(x_T), rng)
-        backward(loss)
-        return loss.item()
-
-    began, smooth = time.monotonic(), 1.0
-    for step in range(start, args.steps):
-        smooth += 0.01 * (player.update(step, compute) - smooth)
-        if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            average = player.averaged()
-            average.eval()
-            scores = validate(average, task, setup, val)
-            line = {"step": step + 1, "loss": smooth, **scores, "seconds": time.monotonic() - began}
-            with (out / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-            settings = {"lr": args.lr, "batch_size": args.batch_size, "seed": args.seed}
-            state = {"player": player.state_dict(), "step": step + 1, "settings": settings, "task": args.task}
-            state["preconditioning"] = vars(teacher.preconditioning)
-            torch.save(state, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").rename(file)
 
 
 if __name__ == "__main__":

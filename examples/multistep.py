@@ -1,0 +1,73 @@
+"""Students of one and more steps on an embedded teacher, each with all numbers of network calls that it can make.
+
+python examples/multistep.py outline2emoji                           distils students of 1, 2 and 4 steps first
+python examples/multistep.py outline2emoji --student runs/a --student runs/b
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ibmd_cli.distillation import Sources
+from ibmd_cli.metrics import diversity, energy_score, estimate, resamples
+from ibmd_cli.models import Student, Teacher, load_model
+from ibmd_cli.mosaics import embedded_pairs
+from ibmd_cli.noise import stream
+
+SAMPLES = 4
+"""Draws for each source."""
+
+
+def distil(teacher: str, nfe: int) -> str:
+    """Distil a student of `nfe` steps with the teacher's preset, or take the one that is there; return its folder."""
+    out = Path("runs") / f"{teacher}-{nfe}step"
+    command = ["distill", "--teacher", f"builtin:{teacher}", "--nfe", str(nfe), "--out", str(out)]
+    subprocess.run([sys.executable, "-m", "ibmd_cli", *command], check=True, stdout=subprocess.DEVNULL)
+    return str(out)
+
+
+def measure(model: Student | Teacher, nfe: int, x_T: Tensor, x_0: Tensor, names: list[str], pool: int) -> str:
+    """Return a row of the table: energy score with its 95 % interval, diversity, time."""
+    draws, began = [], time.perf_counter()
+    for draw in range(SAMPLES):
+        parts = []
+        for rows in torch.arange(len(names)).split(64):
+            rng = [stream(0, "eval", names[i], draw) for i in rows]
+            parts.append(model.translate(Sources(x_T[rows]), rng, nfe))
+        draws.append(torch.cat(parts))
+    seconds = (time.perf_counter() - began) / (SAMPLES * len(names))
+    samples = (torch.stack(draws) * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1  # as saved images
+    score = estimate(energy_score(samples, x_0, pool), resamples(len(names), 2000, stream(0, "bootstrap")))
+    spread = float(diversity(samples).mean())
+    return f"{score.value:6.2f} [{score.low:.2f},{score.high:.2f}]  {spread:9.3f}  {1000 * seconds:8.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", help="name of an embedded teacher")
+    parser.add_argument("--student", action="append", default=[], help="reference (repeatable)")
+    parser.add_argument("--teacher-nfe", type=int, nargs="*", default=[1, 2, 4, 20])
+    parser.add_argument("--images", type=int, help="the first so many only")
+    args = parser.parse_args()
+    references = args.student or [distil(args.teacher, nfe) for nfe in (1, 2, 4)]
+    teacher = load_model(f"builtin:{args.teacher}", "teacher")
+    names, *images = embedded_pairs(args.teacher)
+    names = names[: args.images]
+    x_T, x_0 = (x[: args.images].float() / 127.5 - 1 for x in images)
+    pool = 4 if teacher.source_scale == 1 else 1  # sources of super-resolution give the pooled pixels away
+    print(f"{'model':40}  NFE  energy score          diversity  ms/image")
+    for reference in references:
+        student = load_model(reference, "student")
+        for nfe in [2**k for k in range(student.nfe.bit_length())]:
+            print(f"{reference:40}  {nfe:3}  {measure(student, nfe, x_T, x_0, names, pool)}", flush=True)
+    for nfe in args.teacher_nfe:
+        print(f"{'teacher':40}  {nfe:3}  {measure(teacher, nfe, x_T, x_0, names, pool)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
