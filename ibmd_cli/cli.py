@@ -118,6 +118,9 @@ def distill(
     noise_grid: Annotated[int | None, typer.Option(help="Side of z; 0: one number per pixel.")] = None,
     noise_init: Annotated[float | None, typer.Option(help="Deviation of the new weights for z at the start.")] = None,
     t_power: Annotated[float | None, typer.Option(help="1: uniform times; more: nearer to T.")] = None,
+    t_even: Annotated[
+        bool | None, typer.Option("--t-even/--no-t-even", help="Spread the times of a batch evenly.")
+    ] = None,
     weight_power: Annotated[float | None, typer.Option(help="λ(t) = c_out(t)^−this.")] = None,
     recompute: Annotated[
         bool | None, typer.Option("--recompute/--no-recompute", help="Less memory, more time.")

@@ -62,6 +62,7 @@ class DistillConfig:
         noise_init: deviation of the new weights for z. Differs from the paper (0, the default): a small number breaks
             the symmetry between all z at once, which saves the first updates.
         t_power: t = T − (T − t_min) u^t_power; 1 is uniform, as in the paper; more draws t towards T.
+        t_even: whether the u of a batch lie at equal distances, from a random start. Differs from the paper (False).
         weight_power: λ(t) = c_out(t)^−weight_power; 2 is the teacher's own weighting, 0 weighs all times alike.
         flip: mirror sources at random.
         recompute: run the student twice rather than keep its graph: less memory, more time.
@@ -107,6 +108,7 @@ class DistillConfig:
     noise_grid: int = 0
     noise_init: float = 0.0
     t_power: float = 1.0
+    t_even: bool = False
     weight_power: float = 2.0
     flip: bool = True
     recompute: bool = True

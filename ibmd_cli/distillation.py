@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ibmd_cli.bridges import Bridge, expand_to
-from ibmd_cli.noise import Streams, common_integer, noise_like, randn, uniform
+from ibmd_cli.noise import Streams, common_integer, evenly_spaced, noise_like, randn, uniform
 
 Denoiser = Callable[..., Tensor]
 """x̂_0(x_t, t, x_T[, z][, label]) → (B, C, H, W): a `Predictor`, or anything that computes one."""
@@ -58,6 +58,8 @@ class Setup:
         noise_shape: shape of z for one image, (C_z, h, w), or None for a student without noise.
         t_power: t = T − (T − t_min) u^t_power with u ~ U[0, 1). 1 is the teacher's own density, as in the paper.
             Differs from the paper: larger values draw t towards T, where large flat regions get their colour.
+        t_even: the u of a batch lie at equal distances, from a random start. Differs from the paper (False, independent
+            u): the same density, and gradients that vary less.
         rollout: how an N-step student is trained. "chain" (App. B.1, I2SB): x_0 is the end of all N steps, and the
             gradient flows through all of them. "random-step" (App. B.2, DDBM): the steps down to a random t_n,
             and the gradient flows through the last call alone, as in DMD2.
@@ -70,6 +72,7 @@ class Setup:
     timesteps: tuple[float, ...]
     noise_shape: tuple[int, ...] | None = None
     t_power: float = 1.0
+    t_even: bool = False
     rollout: str = "random-step"
     transition: str = "marginal"
 
@@ -270,7 +273,7 @@ def translate(student: Denoiser, setup: Setup, batch: Sources, rng: Streams) -> 
 
 def draw_time(setup: Setup, x_0: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:
     """Draw t ~ p(t) (B,) and the noise ε of x_t, shaped as `x_0`."""
-    u = uniform(len(x_0), rng)
+    u = (evenly_spaced if setup.t_even else uniform)(len(x_0), rng)
     return setup.bridge.time(u**setup.t_power).to(x_0.device), noise_like(x_0, rng)
 
 

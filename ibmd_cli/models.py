@@ -185,7 +185,11 @@ def student_times(bridge: Bridge, nfe: int, timesteps: Sequence[float] = ()) -> 
 
 
 def make_setup(
-    predictor: Predictor, sampling: dict[str, Any], t_power: float = 1.0, weight_power: float = 2.0
+    predictor: Predictor,
+    sampling: dict[str, Any],
+    t_power: float = 1.0,
+    t_even: bool = False,
+    weight_power: float = 2.0,
 ) -> Setup:
     """Build a `Setup` from a predictor and the section `sampling` of a student's configuration."""
     noise = sampling["noise"]
@@ -195,6 +199,7 @@ def make_setup(
         timesteps=tuple(sampling["timesteps"]),
         noise_shape=(noise["channels"], noise["grid"], noise["grid"]) if noise["channels"] else None,
         t_power=t_power,
+        t_even=t_even,
         rollout=sampling["rollout"],
         transition=sampling["transition"],
     )

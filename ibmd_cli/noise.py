@@ -34,10 +34,12 @@ class BatchStreams(list[torch.Generator]):
         rows: places of these images in the whole batch.
         seed: of the run.
         place: of the whole batch.
+        size: of the whole batch; 0: these images are all of it.
     """
 
-    def __init__(self, rows: Sequence[int], seed: int, *place: int | str) -> None:
+    def __init__(self, rows: Sequence[int], seed: int, *place: int | str, size: int = 0) -> None:
         super().__init__(stream(seed, *place, row) for row in rows)
+        self.rows, self.size = rows, size or len(rows)
         self.shared = stream(seed, *place)
 
 
@@ -55,10 +57,25 @@ def uniform(count: int, rng: Streams) -> Tensor:
     return torch.stack([torch.rand((), generator=r, dtype=torch.float64) for r in rng])
 
 
+def evenly_spaced(count: int, rng: Streams) -> Tensor:
+    """Draw numbers from [0, 1), float64 (count,), that lie at equal distances over the whole batch, from a random start.
+
+    Each is uniform by itself; their mean over the batch varies less than that of independent ones.
+
+    Source: Kingma et al., arXiv:2107.00630, App. I.1.
+    """
+    start = torch.rand((), generator=_shared(rng), dtype=torch.float64)
+    rows, size = (rng.rows, rng.size) if isinstance(rng, BatchStreams) else (range(count), count)
+    return (start + torch.tensor([row / size for row in rows], dtype=torch.float64)) % 1
+
+
 def common_integer(below: int, rng: Streams) -> int:
     """Draw a number 0 … below − 1 for a whole batch; with one stream per image, from the one they share."""
-    one = rng.shared if isinstance(rng, BatchStreams) else rng if isinstance(rng, torch.Generator) else rng[0]
-    return int(torch.randint(below, (), generator=one))
+    return int(torch.randint(below, (), generator=_shared(rng)))
+
+
+def _shared(rng: Streams) -> torch.Generator:
+    return rng.shared if isinstance(rng, BatchStreams) else rng if isinstance(rng, torch.Generator) else rng[0]
 
 
 def noise_like(x: Tensor, rng: Streams) -> Tensor:

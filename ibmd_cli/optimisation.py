@@ -148,7 +148,8 @@ class Player:
         if self.micro_batch is None:
             return stream(self.seed, self.name, step, micro, self.accelerator.process_index)
         first = (self.accelerator.process_index * self.micro_batches + micro) * self.micro_batch
-        return BatchStreams(range(first, first + self.micro_batch), self.seed, self.name, step)
+        size = self.accelerator.num_processes * self.micro_batches * self.micro_batch
+        return BatchStreams(range(first, first + self.micro_batch), self.seed, self.name, step, size=size)
 
     def averaged(self) -> nn.Module:
         """Return the network with averaged weights (the network itself without EMA)."""

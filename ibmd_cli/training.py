@@ -155,7 +155,9 @@ def _train(
     for predictor in (teacher.predictor, bridge_model, student.predictor):
         predictor.backbone.gradient_checkpointing = config.checkpointing
     # Dropout stays off (eval mode): student and bridge model must agree with the teacher at the start.
-    setup = make_setup(student.predictor, student.config["sampling"], config.t_power, config.weight_power)
+    setup = make_setup(
+        student.predictor, student.config["sampling"], config.t_power, config.t_even, config.weight_power
+    )
     share = config.batch_size // accelerator.num_processes
     if config.micro_batch == AUTO:
         networks = (teacher.predictor, bridge_model, student.predictor)

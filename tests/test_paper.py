@@ -32,7 +32,7 @@ from ibmd_cli.distillation import (
     translate,
     weighted_error,
 )
-from ibmd_cli.noise import noise_like, stream
+from ibmd_cli.noise import BatchStreams, noise_like, stream
 from ibmd_cli.optimisation import Player, Schedule
 
 VP = VPBridge(beta_d=3.0, beta_min=0.2)
@@ -831,6 +831,23 @@ def test_time_density(bridge, power):
     assert (empirical - levels ** (1 / power)).abs().max() < 0.009 + slack
     assert abs(eps.mean().item()) < 0.02  # four standard errors
     assert eps.std().item() == pytest.approx(1, abs=0.013)
+
+
+def test_even_times_cover_the_batch_whatever_its_parts():
+    """One u in each of the 8 equal parts of [0, 1), each uniform over many batches, the same in micro-batches."""
+    setup = gaussian_setup(VP, t_even=True)
+    images = torch.zeros(8, 1, 1, 1, dtype=torch.float64)
+    firsts = []
+    for batch in range(500):
+        t, _ = draw_time(setup, images, BatchStreams(range(8), 0, batch))
+        u = (VP.T - t) / (VP.T - VP.t_min)
+        assert sorted((8 * u).floor().int().tolist()) == list(range(8))
+        firsts.append(u[0].item())
+        parts = [BatchStreams(range(k, k + 4), 0, batch, size=8) for k in (0, 4)]
+        assert torch.equal(t, torch.cat([draw_time(setup, images[:4], part)[0] for part in parts]))
+    levels = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    empirical = (torch.tensor(firsts, dtype=torch.float64)[:, None] <= levels).double().mean(0)
+    assert (empirical - levels).abs().max() < 0.09  # Kolmogorov: 2/√500
 
 
 def test_noise_is_drawn_on_the_cpu_with_the_dtype_of_the_images():

@@ -39,11 +39,12 @@ SAMPLES = 4
 """Draws of z for each source."""
 PRESET = load_presets()[TEACHER]
 COMMON = {"teacher": TEACHER, "data": (TEACHER,), "batch_size": 16, "recompute": False}
+TIMES = {"t_power": 1.0, "t_even": False, "weight_power": 2.0}
+"""Independent uniform times with the teacher's own weighting, as in the paper."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {"steps": 60, "checkpoint_every": 20},  # what is not named is the paper's
-    "preset": {**PRESET, "checkpoint_every": 40},
-    # Half the updates; the first weights of z are small, not zero, so that z matters from the start.
-    "short": {**PRESET, "steps": 100, "noise_init": 0.01, "checkpoint_every": 20},
+    "uniform-t": {**PRESET, **TIMES, "noise_init": 0.0, "steps": 200, "checkpoint_every": 40},
+    "preset": {**PRESET, "checkpoint_every": 20},
 }
 KINDS = ("a", "b", "c", "d")
 """CSS classes of the settings, in their order, and of the teacher."""
