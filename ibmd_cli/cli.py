@@ -376,7 +376,8 @@ def evaluate(
     masks: Annotated[str, typer.Option(help="File of free-form masks (.npz).")] = "",
     labels: Annotated[str, typer.Option(help="CSV file of classes: PATH,CLASS.")] = "",
     fit: Annotated[
-        Literal["none", "crop"], typer.Option(help="Images of another size: refuse, or scale and crop at the centre.")
+        Literal["none", "crop"],
+        typer.Option(help="Pairs of another size: refuse, or scale and crop at the centre, as made ones always are."),
     ] = "none",
     protocol: Annotated[
         str | None, typer.Option(help="As published: ddbm-e2h, ddbm-diode, dbim-inpaint, i2sb-sr or i2sb-restore.")

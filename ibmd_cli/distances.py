@@ -209,7 +209,7 @@ def inception_score(logits: Tensor) -> float:
     Source: Salimans et al., arXiv:1606.03498, Sec. 4.
     """
     scores = []
-    for part in logits.split(IS_SPLIT):
+    for part in logits.tensor_split(max(1, round(len(logits) / IS_SPLIT))):
         log_p = part.double().log_softmax(1)
         p = log_p.exp()
         scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp())

@@ -145,6 +145,9 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         truncate=protocol is not None and protocol.uint8 == "truncate",
         enlarge=(protocol.enlarge or None) if protocol else None,
     )
+    reference = None
+    if config.reference is not None and "fid" in names and rank == 0:
+        reference = read_reference(config.reference, networks["inception"], reporter)
     rows = batches(len(pairs.names), config.batch_size)
     plan = {
         "ibmd_version": __version__,
@@ -161,9 +164,6 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         _wait(count)
         if rank > 0:
             return {}
-        reference = None
-        if config.reference is not None and "fid" in names:
-            reference = read_reference(config.reference, networks["inception"], reporter)
         context = {
             "command": shlex.join(["ibmd", *sys.argv[1:]]),
             "settings": _settings(config, data, pairs, entries, samples, device, count, len(rows[0])),
@@ -218,7 +218,7 @@ def _settings(
 def load_entries(config: EvalConfig, samples: int, device: torch.device, reporter: Reporter) -> list[Entry]:
     """Load the models and list what is measured: the students, then the teacher at each number of calls."""
     entries = []
-    reference, preset, recorded = config.teacher, config.preset, None
+    reference, preset = config.teacher, config.preset
     named = [name for name in config.student if name != "none"]
     for i, name in enumerate(named):
         student = load_model(name, "student")
@@ -227,19 +227,22 @@ def load_entries(config: EvalConfig, samples: int, device: torch.device, reporte
         label = "student" if len(named) == 1 else f"student {chr(ord('A') + i)}"
         entries.append(Entry(student, label, name, _digest(student), student.nfe, samples if random else 1))
         if i == 0 and reference is None:
-            reference, recorded = student.config["teacher"]["reference"], student.config["teacher"]["sha256"]
+            reference = student.config["teacher"]["reference"]
             preset = preset or student.config["training"].get("preset") or None
     if reference != "none":
         reference = reference or BUILTIN
         try:
             teacher = load_teacher(reference, preset=preset, quiet=reporter.quiet)
         except NotAvailable as error:
-            if recorded is None:
+            if config.teacher is not None or not named:
                 raise
             raise NotAvailable(f"the student's teacher: {error}; name it with --teacher (or none)") from error
         digest = _digest(teacher)
-        if recorded not in (None, digest):
-            reporter.warn(f"{named[0]} was distilled from other weights of {reference} than are there now")
+        for entry in entries:
+            if entry.model.config["teacher"]["sha256"] not in (None, digest):
+                reporter.warn(
+                    f"{entry.reference} was distilled from another teacher, or other weights, than {reference}"
+                )
         for nfe in sorted({teacher.network_calls(nfe) for nfe in config.teacher_nfe}):
             entries.append(Entry(teacher, "teacher", reference, digest, nfe, samples if nfe > 1 else 1))
     first = entries[0].model
@@ -364,6 +367,8 @@ def _hindrance(name: str, images: int, size: int, samples: int, classes: bool) -
 
 def _check_out(out: Path) -> None:
     """Refuse a folder that holds something else than a part of an evaluation."""
+    if (out / "results.json").is_file() and not (out / "parts").is_dir():
+        raise IbmdError(f"{out}: holds a finished evaluation (results.json); give another --out, or remove it")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "parts").is_dir())):
         raise IbmdError(f"{out}: exists and is not an empty folder; give another --out")
 

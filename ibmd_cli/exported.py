@@ -3,6 +3,7 @@
 Nothing here needs PyTorch, see `runners`.
 """
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ INPUTS = ("x_T", "z", "eps", "mask", "label")
 FORMAT_VERSION = 1
 METADATA = "ibmd"
 """Name under which a file holds its `config.json`."""
+
+SEAL = b"\x72\x4f\x0a\x0bibmd.sha256\x12\x40"
+"""Begins the last entry of an ONNX file's metadata (field 14 of a ModelProto, of 79 bytes); 64 digits follow."""
 
 Draw = Callable[[Sequence[int]], np.ndarray]
 """A random stream: returns standard normal numbers of the shape it is given, float32."""
@@ -115,3 +119,20 @@ def check(text: str, file: Path) -> dict[str, Any]:
         written = config.get("ibmd_version", "?")
         raise IbmdError(f"{file}: format_version {version}, written by ibmd {written}: pip install -U ibmd-cli")
     return dict(config)
+
+
+def sealed(content: bytes) -> bytes:
+    """Add to the bytes of an ONNX file the SHA-256 of all before it, as one more entry of its metadata."""
+    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
+
+
+def check_seal(file: Path) -> None:
+    """Compare the content of an ONNX file with the SHA-256 at its end, if there is one: ONNX itself has none.
+
+    Raises:
+        IbmdError: they differ.
+    """
+    content = file.read_bytes()
+    body, seal = content[: -len(SEAL) - 64], content[-len(SEAL) - 64 :]
+    if seal.startswith(SEAL) and seal != sealed(body)[len(body) :]:
+        raise IbmdError(f"{file}: damaged: its content is not what was written; export or fetch it again")

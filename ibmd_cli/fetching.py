@@ -6,6 +6,7 @@ can be written outside of its folder. The data set appears in the cache whole or
 
 import fcntl
 import fnmatch
+import gzip
 import hashlib
 import io
 import shutil
@@ -30,6 +31,8 @@ from ibmd_cli.records import read_normals
 from ibmd_cli.reporting import Meter, Reporter
 
 TABLE = Path(__file__).parent / "datasets.toml"
+PASSING = (408, 429, 500, 502, 503, 504)
+"""What a server says when it is busy."""
 TRIES = 5
 """In a row, without a byte in between."""
 PAUSE = 2.0  # seconds between them
@@ -196,7 +199,9 @@ def download(url: str, path: Path, reporter: Reporter) -> None:
                     return
             said = "the connection broke"
         except HTTPError as error:
-            raise NotAvailable(f"{url}: the server says {error.code} {error.reason}: is it still there?") from error
+            said = f"the server says {error.code} {error.reason}"
+            if error.code not in PASSING:
+                raise NotAvailable(f"{url}: {said}: is it still there?") from error
         except (HTTPException, URLError, TimeoutError, ConnectionError) as error:
             said = str(error) or type(error).__name__
         grown = (path.stat().st_size if path.exists() else 0) > before
@@ -209,8 +214,8 @@ def download(url: str, path: Path, reporter: Reporter) -> None:
 def _open(url: str, start: int, tag: Path) -> Iterator[HTTPResponse | None]:
     """Ask for a file from byte `start` on; None if there is no more of it."""
     headers = {"User-Agent": f"ibmd/{__version__}", "Range": f"bytes={start}-"}
-    if start and tag.exists():
-        headers["If-Range"] = tag.read_text()  # if it has changed, all of it comes
+    if start and tag.exists() and (mark := tag.read_text()):
+        headers["If-Range"] = mark  # if it has changed, all of it comes
     try:
         response = urlopen(Request(url, headers=headers), timeout=60)
     except HTTPError as error:
@@ -229,7 +234,10 @@ def _receive(response: HTTPResponse, path: Path, tag: Path, reporter: Reporter) 
         start = int(response.headers["Content-Range"].removeprefix("bytes ").partition("-")[0])
     length = response.headers.get("Content-Length")
     end = None if length is None else start + int(length)
-    tag.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+    mark = response.headers.get("ETag", "W/")
+    if mark.startswith("W/"):  # a weak one does not tell whether the bytes are the same
+        mark = response.headers.get("Last-Modified", "")
+    tag.write_text(mark)
     with (
         path.open("r+b" if path.exists() else "wb") as file,
         reporter.progress(path.name.removesuffix(".part"), (end or 0) // MB, "MB", start // MB) as meter,
@@ -237,11 +245,18 @@ def _receive(response: HTTPResponse, path: Path, tag: Path, reporter: Reporter) 
         file.seek(start)
         file.truncate()
         at = start
-        while block := response.read(BLOCK):
+        while block := _read(response):
             file.write(block)
             _advance(meter, at, at + len(block))
             at += len(block)
     return end in (None, at)
+
+
+def _read(response: HTTPResponse) -> bytes:
+    try:
+        return response.read(BLOCK)
+    except OSError as error:  # not of the disk
+        raise URLError(error) from error
 
 
 def _advance(meter: Meter, before: int, after: int) -> None:
@@ -273,7 +288,11 @@ def unpack(archive: Path, folder: Path, members: str, normals: int, reporter: Re
     """
     count = 0
     try:
-        with archive.open("rb") as stream, tarfile.open(fileobj=stream, mode="r|gz") as tar:
+        with (
+            archive.open("rb") as stream,
+            gzip.GzipFile(fileobj=stream) as plain,  # tarfile's own reader never looks at the checksum
+            tarfile.open(fileobj=plain, mode="r|") as tar,
+        ):
             size = archive.stat().st_size // MB
             with reporter.progress("unpacking", size, "MB") as meter:
                 at = 0
@@ -284,7 +303,9 @@ def unpack(archive: Path, folder: Path, members: str, normals: int, reporter: Re
                     now = stream.tell()
                     _advance(meter, at, now)
                     at = now
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+                while plain.read(BLOCK):  # the checksum stands at the end
+                    pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         archive.unlink()
         raise IbmdError(f"{archive.name}: damaged ({error}): deleted; try again") from error
     return count

@@ -30,13 +30,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     # torch.compile and torch.export cannot trace mkldnn_convolution.
     if plain and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
-        parts = 1 + weight.nbytes // SCRATCH_BYTES
-        biases = [None] * parts if bias is None else bias.chunk(parts)
+        weights = weight.chunk(1 + weight.nbytes // SCRATCH_BYTES)
+        biases = [None] * len(weights) if bias is None else bias.chunk(len(weights))
         made = [
             torch.mkldnn_convolution(x, w, b, (padding, padding), (1, 1), (1, 1), 1)
-            for w, b in zip(weight.chunk(parts), biases, strict=True)
+            for w, b in zip(weights, biases, strict=True)
         ]
-        return made[0] if parts == 1 else torch.cat(made, dim=1)
+        return made[0] if len(made) == 1 else torch.cat(made, dim=1)
     return F.conv2d(x, weight, bias, padding=padding)
 
 

@@ -133,6 +133,9 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process in bytes: on the GPU it trains on, else in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):  # not ru_maxrss, which begins with the peak of the process that started this
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

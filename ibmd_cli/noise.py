@@ -58,7 +58,7 @@ def uniform(count: int, rng: Streams) -> Tensor:
 
 
 def evenly_spaced(count: int, rng: Streams) -> Tensor:
-    """Draw numbers from [0, 1), float64 (count,), that lie at equal distances over the whole batch, from a random start.
+    """Draw numbers from [0, 1), float64 (count,), at equal distances over the whole batch, from a random start.
 
     Each is uniform by itself; their mean over the batch varies less than that of independent ones.
 

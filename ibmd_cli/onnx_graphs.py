@@ -24,7 +24,7 @@ import torch
 
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, NotAvailable
-from ibmd_cli.exported import INPUTS, METADATA
+from ibmd_cli.exported import INPUTS, METADATA, sealed
 from ibmd_cli.models import Student
 from ibmd_cli.programs import noise_shapes, trace
 
@@ -73,7 +73,7 @@ def save_graph(model: onnx.ModelProto, file: Path, dtype: str = "fp32") -> None:
     if model.ByteSize() > MAX_BYTES:
         raise IbmdError(f"{file}: {model.ByteSize() / 2**30:.1f} GiB, and ONNX allows 2 in a file: use another --dtype")
     onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, file)
+    file.write_bytes(sealed(model.SerializeToString()))
 
 
 def make_graph(student: Student, opset: int = OPSET, noise_inside: bool = False) -> onnx.ModelProto:

@@ -16,6 +16,8 @@ x_0 is float32 (B, 3, H, W) in [-1, 1].
 import copy
 import json
 import warnings
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,12 @@ class ProgramStudent(ExportedStudent):
 
     def __init__(self, file: Path) -> None:
         extra = {METADATA: ""}
+        try:
+            with zipfile.ZipFile(file) as archive:  # PyTorch does not look at the checksums
+                if damaged := archive.testzip():
+                    raise IbmdError(f"{file}: damaged ({damaged}); export or fetch it again")
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise IbmdError(f"{file}: PyTorch cannot read it ({error})") from error
         try:
             program = torch.export.load(file, extra_files=extra)
         except Exception as error:  # of many kinds

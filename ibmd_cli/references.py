@@ -36,13 +36,15 @@ def read_reference(path: Path, network: Network, reporter: Reporter) -> Moments:
 
     Raises:
         NotAvailable: nothing is there.
-        IbmdError: it holds none of these, or features of another size.
+        IbmdError: it holds none of these.
     """
     if not path.exists():
         raise NotAvailable(f"--reference {path}: no such file or folder")
     found = _of_folder(path, network, reporter) if path.is_dir() else _of_file(path, network, reporter)
-    if found.mean.ndim != 1 or found.covariance.shape != (len(found.mean),) * 2 or not found.mean.isfinite().all():
-        raise IbmdError(f"--reference {path}: mu and sigma do not belong together, or are not finite")
+    if found.mean.ndim != 1 or found.covariance.shape != (len(found.mean),) * 2:
+        raise IbmdError(f"--reference {path}: mu and sigma do not belong together")
+    if not (found.mean.isfinite().all() and found.covariance.isfinite().all()):
+        raise IbmdError(f"--reference {path}: its statistics are not finite")
     return found
 
 

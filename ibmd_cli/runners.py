@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ibmd_cli.errors import IbmdError, NotAvailable
-from ibmd_cli.exported import METADATA, Draw, ExportedStudent, check
+from ibmd_cli.exported import METADATA, Draw, ExportedStudent, check, check_seal
 from ibmd_cli.hub import download, parse_hf
 from ibmd_cli.normals import Normals
 
@@ -78,6 +78,7 @@ class OnnxStudent(ExportedStudent):
         options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # widens int8 weights now, not in each run
+        check_seal(file)
         try:
             self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has a class of its own for each cause, and no common one

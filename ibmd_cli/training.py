@@ -30,7 +30,7 @@ from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file
 from ibmd_cli.images import to_uint8
 from ibmd_cli.loading import count_workers
-from ibmd_cli.logs import Watch
+from ibmd_cli.logs import Watch, read_log
 from ibmd_cli.memory import (
     GIB,
     SHARE_OF_FREE,
@@ -161,7 +161,12 @@ def _train(
     share = config.batch_size // accelerator.num_processes
     if config.micro_batch == AUTO:
         networks = (teacher.predictor, bridge_model, student.predictor)
-        micro_batch = _fitting_micro_batch(config, share, networks, setup, sources, accelerator, reporter)
+        last = [line.get("micro_batch", 0) for line in read_log(out)][-1:]
+        accelerator.wait_for_everyone()
+        if last and last[0] and share % last[0] == 0:
+            micro_batch = last[0]  # sums in another order would differ in their last bits
+        else:
+            micro_batch = _fitting_micro_batch(config, share, networks, setup, sources, accelerator, reporter)
     else:
         micro_batch = int(config.micro_batch) or share
     player = partial(

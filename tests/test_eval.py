@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,30 @@ def test_existing_output_is_refused(pairs: Path):
         run("--data", pairs, "--out", pairs)
     with pytest.raises(IbmdError, match="--out"):
         run("--data", pairs, "--out", next((pairs / "source").iterdir()))
+
+
+def test_finished_evaluation_is_not_made_again(evaluated: tuple[dict, Path], pairs: Path):
+    with pytest.raises(IbmdError, match="holds a finished evaluation"):
+        run("--data", pairs, "--out", evaluated[1])
+
+
+def test_students_of_another_teacher_are_pointed_out(pairs: Path):
+    few = (
+        "--data",
+        pairs,
+        "--teacher-nfe",
+        1,
+        "--samples",
+        1,
+        "--metric",
+        "psnr",
+        "--student",
+        "builtin:outline2emoji",
+    )
+    assert "another teacher" not in run(*few).stderr
+    for others in (["--teacher", "builtin:emoji-sr4x"], ["--student", "builtin:emoji-sr4x"]):
+        said = " ".join(run(*few, *others).stderr.split())
+        assert re.search(r"builtin:\S+ was distilled from another teacher, or other weights, than builtin:", said)
 
 
 def test_pairs_without_partner_are_listed(pairs: Path):

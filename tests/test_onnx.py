@@ -109,6 +109,15 @@ def assert_same_translations(student: Student, exported: ExportedStudent, tolera
         assert np.abs(want).min() < 0.9, "not saturated, or nothing was compared"
 
 
+def assert_damage_is_found(file: Path) -> None:
+    """A bit flipped among the weights, where the file can still be read."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content)
+    with pytest.raises(IbmdError, match="damaged"):
+        load_exported(file)
+
+
 def assert_starts_without_pytorch(file: Path, inputs: tuple[str, ...]) -> None:
     code = (
         "import sys, numpy as np; from pathlib import Path; from ibmd_cli.runners import load_exported\n"
@@ -169,6 +178,7 @@ def test_onnx_of_every_kind(tmp_path: Path, tiny_config: dict, name: str):
         assert dims["eps"] == ["batch", 3 * (student.nfe - 1), "height", "width"]
     assert {o.domain for o in model.opset_import} == {""}
     assert str(Path(__file__).parent.parent).encode() not in (tmp_path / "fp32.onnx").read_bytes()
+    assert_damage_is_found(tmp_path / "int8.onnx")
 
 
 @EVERY_KIND
@@ -184,6 +194,7 @@ def test_program_of_every_kind(tmp_path: Path, tiny_config: dict, name: str):
             p.copy_(p.half().float())  # what the file holds
     assert_same_translations(student, exported, 1e-5, "own")
     assert str(Path(__file__).parent.parent).encode() not in (tmp_path / "student.pt2").read_bytes()
+    assert_damage_is_found(tmp_path / "student.pt2")
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -220,7 +231,7 @@ def test_noise_inside(tmp_path: Path, tiny_config: dict):
             assert abs(noise.std() - 1) < 5 * deviation
         given = {key: torch.from_numpy(v) for key, v in {**inputs, "z": z, "eps": eps}.items()}
         with torch.no_grad():
-            assert np.abs(Unrolled(student)(**given).numpy() - x_0).max() < 2e-4
+            assert np.abs(Unrolled(student)(**given).numpy() - x_0).max() < 5e-3  # rounding, thrice amplified
         assert not np.array_equal(exported.run(inputs)[1], z)
         with pytest.raises(IbmdError, match="draws its noise itself"):
             load_exported(file)
