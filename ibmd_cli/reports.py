@@ -210,7 +210,7 @@ def _charts(results: Data) -> Iterator[str]:
         for axis, text in (("nfe", "network evaluations per image"), ("ms_per_image", "ms per image")):
             yield f"<div>{_chart(results, kinds, name, axis)}<small>{text}</small></div>"
         yield "</figure>"
-    yield '</div><p class="note">Bars: 95 % intervals. Dotted: the level of a student. Horizontal axes: logarithmic.</p>'
+    yield '</div><p class="note">Bars: 95 % intervals. Dotted: the level of a student. Axes below: logarithmic.</p>'
     yield "</section>"
 
 
