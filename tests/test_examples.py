@@ -59,3 +59,15 @@ def test_table_of_students_of_several_steps():
     arguments = ["--student", "builtin:outline2emoji", "--images", 4, "--teacher-nfe", 2]
     rows = run("multistep.py", "outline2emoji", *arguments).splitlines()
     assert [row.split()[:2] for row in rows[1:]] == [["builtin:outline2emoji", "1"], ["teacher", "2"]]
+
+
+@pytest.mark.slow
+def test_curves_are_trained_and_drawn(tmp_path: Path):
+    names, x_T, x_0 = embedded_pairs()
+    truth = x_0[:8].permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "val.npz", x_T=x_T[:8, 0].numpy(), x_0=truth, names=names[:8])
+    (tmp_path / "out").mkdir()
+    folders = ("--data", tmp_path, "--work", tmp_path / "work", "--out", tmp_path / "out")
+    table = run("emoji/curves.py", *folders, "--seeds", 1, "--steps", 2)
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["paper", "uniform-t", "preset"]
+    assert (tmp_path / "out" / "curves.svg").read_text().count("<polyline") == 14
