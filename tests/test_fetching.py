@@ -1,6 +1,7 @@
 """Data sets of the teachers, fetched from a server on this machine that does what real ones do wrong."""
 
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -341,6 +342,21 @@ def test_two_at_once_fetch_once(server: Server, pairs: dict, tmp_path: Path):
         thread.join()
     assert len(server.asked) == 1
     assert len(cached(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("damage", ["a byte", "the checksum", "the end"])
+def test_archive_is_compared_with_its_checksum(damage: str, tmp_path: Path):
+    file = tmp_path / "a.tar.gz"
+    with gzip.open(file, "wb", compresslevel=0) as plain:  # bytes as they are, so that only the checksum tells
+        plain.write(gzip.decompress(archive(in__train__a=b"precious" * 500)))
+    content = bytearray(file.read_bytes())
+    if damage == "a byte":
+        content[content.index(b"precious")] ^= 1
+    elif damage == "the checksum":
+        content[-8] ^= 1
+    file.write_bytes(content[:-4] if damage == "the end" else content)
+    with pytest.raises(IbmdError, match="damaged"):
+        unpack(file, tmp_path, "*train/*.jpg", 0, QUIET)
 
 
 @pytest.mark.parametrize("name", ["../train/a.jpg", "/train/a.jpg", "link/train/a.jpg"])

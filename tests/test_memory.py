@@ -117,3 +117,24 @@ def test_freed_memory_is_kept():
         "sys.exit(faults[-1] - faults[-2] > 1000)\n"  # 143 MiB are 36,608 pages
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system keeps no other count")
+def test_peak_is_not_that_of_the_process_before():
+    """A child begins with its parent's ru_maxrss, here 1.2 GB: what it takes itself must be seen all the same."""
+    child = (
+        "import torch\n"
+        "from ibmd_cli.memory import forget_peak, peak_memory\n"
+        "cpu = torch.device('cpu')\n"
+        "forget_peak(cpu)\n"
+        "before = peak_memory(cpu)\n"
+        "x = torch.ones(50 << 20)\n"
+        "print((peak_memory(cpu) - before) >> 20)\n"
+    )
+    parent = (
+        "import subprocess, sys\n"
+        "large = bytearray(1200 << 20)\n"
+        f"print(subprocess.run([sys.executable, '-c', {child!r}], capture_output=True, text=True, check=True).stdout)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 190 <= int(done.stdout) <= 230  # MiB

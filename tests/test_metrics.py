@@ -260,6 +260,13 @@ def test_inception_score_is_that_of_torch_fidelity(monkeypatch: pytest.MonkeyPat
         assert inception_score(logits) == pytest.approx(reference, rel=1e-6)
 
 
+def test_one_image_more_is_no_split_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Its inception score would be 1, and count as much as that of a whole split."""
+    monkeypatch.setattr("ibmd_cli.distances.IS_SPLIT", 100)
+    logits = 4 * normal(101, 16)
+    assert inception_score(logits) == pytest.approx(inception_score(logits[:100]), rel=0.05)
+
+
 # ------------------------------------------------------------------------------------------------------ intervals
 
 

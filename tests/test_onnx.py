@@ -231,7 +231,12 @@ def test_noise_inside(tmp_path: Path, tiny_config: dict):
             assert abs(noise.std() - 1) < 5 * deviation
         given = {key: torch.from_numpy(v) for key, v in {**inputs, "z": z, "eps": eps}.items()}
         with torch.no_grad():
-            assert np.abs(Unrolled(student)(**given).numpy() - x_0).max() < 5e-3  # rounding, thrice amplified
+            difference = np.abs(Unrolled(student)(**given).numpy() - x_0)
+        # ONNX Runtime's rounding at single pixels depends on the noise, which cannot be chosen: 6e-5 to 6e-4 were seen,
+        # with a root mean square of at most 1.1e-5. PyTorch's own kernels leave no room for that.
+        if file.suffix == ".pt2":
+            assert difference.max() < 2e-4
+        assert np.sqrt(np.square(difference).mean()) < 5e-5
         assert not np.array_equal(exported.run(inputs)[1], z)
         with pytest.raises(IbmdError, match="draws its noise itself"):
             load_exported(file)
