@@ -360,6 +360,14 @@ def command(*arguments: object) -> list[str]:
 FEW = ["--teacher-nfe", 10, "--samples", 2, "--batch-size", 2, "--metric", "kid_efflite0", "--metric", "psnr"]
 
 
+def same_scores(some: dict, others: dict) -> None:
+    """A convolution's last bits differ with where its memory lies: features to 1e-6, a pixel in many by a grey level."""
+    for ours, theirs in zip(some["rows"], others["rows"], strict=True):
+        for metric, tolerance in (("psnr", 1e-4), ("kid_efflite0", 1e-5)):
+            for figure in ("value", "low", "high"):
+                assert ours[metric][figure] == pytest.approx(theirs[metric][figure], rel=tolerance, abs=tolerance)
+
+
 def test_interrupted_evaluation_continues_to_the_same_scores(pairs: Path, tmp_path: Path):
     out = tmp_path / "out"
     arguments = ["--data", pairs, *FEW]
@@ -378,9 +386,7 @@ def test_interrupted_evaluation_continues_to_the_same_scores(pairs: Path, tmp_pa
     assert f"{2 * len(kept) - 2} pairs were measured before: continuing" in result.stderr
     whole = json.loads(run(*arguments, "--json").stdout)
     continued = json.loads((out / "results.json").read_text())
-    for ours, theirs in zip(continued["rows"], whole["rows"], strict=True):
-        assert ours["psnr"] == theirs["psnr"]
-        assert ours["kid_efflite0"] == theirs["kid_efflite0"]
+    same_scores(continued, whole)
 
 
 @pytest.mark.slow
@@ -391,9 +397,7 @@ def test_processes_share_the_work(pairs: Path, tmp_path: Path):
     shared = json.loads((tmp_path / "out" / "results.json").read_text())
     alone = json.loads(run(*arguments, "--json").stdout)
     assert shared["settings"]["processes"] == 2
-    for ours, theirs in zip(shared["rows"], alone["rows"], strict=True):
-        assert ours["psnr"] == theirs["psnr"]
-        assert ours["kid_efflite0"] == theirs["kid_efflite0"]
+    same_scores(shared, alone)
 
 
 def test_processes_need_a_folder(pairs: Path, monkeypatch: pytest.MonkeyPatch):
