@@ -131,6 +131,9 @@ def distill(
     compile: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the networks first (torch.compile).")
     ] = None,
+    fsdp: Annotated[
+        bool | None, typer.Option("--fsdp/--no-fsdp", help="Split the networks over the processes: less memory.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Student updates between checkpoints.")] = None,
     preview_every: Annotated[int | None, typer.Option(help="Student updates between previews.")] = None,

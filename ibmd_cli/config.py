@@ -68,6 +68,7 @@ class DistillConfig:
         recompute: run the student twice rather than keep its graph: less memory, more time.
         checkpointing: activation checkpointing inside the networks: less memory, more time.
         compile: compile the networks first (torch.compile).
+        fsdp: split weights, gradients and moments over the processes: less memory in each.
         precision: "fp32", "bf16" or "fp16".
         seed: of all randomness.
         checkpoint_every: student updates between checkpoints.
@@ -114,6 +115,7 @@ class DistillConfig:
     recompute: bool = True
     checkpointing: bool = False
     compile: bool = False
+    fsdp: bool = False
     precision: str = "fp32"
     seed: int = 0
     checkpoint_every: int = 100
@@ -141,6 +143,13 @@ class DistillConfig:
             raise UsageError(f"betas: {self.betas} must be at least 0 and less than 1")
         if not 0 <= self.ema < 1:
             raise UsageError(f"--ema: {self.ema} must be at least 0 and less than 1")
+        for wrong, other in (
+            (self.compile, "--compile"),
+            (self.precision == "fp16", "--precision fp16; use bf16"),
+            (self.micro_batch == AUTO, "--micro-batch auto; give a number"),
+        ):
+            if self.fsdp and wrong:
+                raise UsageError(f"--fsdp does not go with {other}")
         if self.masks and not self.degrade.startswith("inpaint-freeform"):
             raise UsageError(
                 f"--masks {self.masks}: only free-form masks come from a file: --degrade inpaint-freeform…"
@@ -165,7 +174,7 @@ CHOICES = {
     "track": ("", "tensorboard", "wandb"),
 }
 MAY_CHANGE = (
-    *("micro_batch", "memory", "recompute", "checkpointing", "compile"),
+    *("micro_batch", "memory", "recompute", "checkpointing", "compile", "fsdp"),
     *("checkpoint_every", "preview_every", "keep", "track", "workers"),
 )
 """Settings that a resumed run may have otherwise: they do not change what is learnt."""

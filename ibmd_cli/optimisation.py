@@ -4,6 +4,7 @@ The student, the bridge model and a teacher that is trained from data are all a 
 in this package. Accelerate supplies devices, mixed precision and several processes.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ibmd_cli import fsdp
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.noise import BatchStreams, Streams, stream
 
@@ -73,6 +75,8 @@ class Player:
         micro_batch: images of such a call, each of which gets a random stream of its own; None: they share one.
         ema: decay of the averaged copy, or None for no copy.
         weight_decay: decoupled (AdamW).
+        split: whether the network, a `Predictor`, is split over the processes (`fsdp`). Then all of them must call
+            `averaged` and `state_dict` together.
 
     Attributes:
         skipped: steps skipped since the start.
@@ -94,18 +98,25 @@ class Player:
         micro_batch: int | None = None,
         ema: float | None = None,
         weight_decay: float = 0.0,
+        split: bool = False,
     ) -> None:
         self.name, self.steps, self.seed = name, steps, seed
         self.accelerator, self.schedule, self.clip, self.micro_batches = accelerator, schedule, clip, micro_batches
         self.micro_batch, self.ema = micro_batch, ema
         self.network = model
         self.skipped = self.in_a_row = 0
+        # Before `prepare`, which changes the network's forward for mixed precision: the average stays in float32.
+        self.average = AveragedModel(model) if ema is not None else None
+        self.shape = copy.deepcopy(model).to("meta") if split else None
+        if split:
+            for network in (model, *([self.average.module] if self.average is not None else [])):
+                fsdp.split(network)  # type: ignore[arg-type]
         optimizer = torch.optim.AdamW(
             model.parameters(), schedule.lr, betas=betas, weight_decay=weight_decay, fused=True
         )
-        # Before `prepare`, which changes the network's forward for mixed precision: the average stays in float32.
-        self.average = AveragedModel(model) if ema is not None else None
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # A network that is split averages its gradients itself: it is prepared as one that is not trained.
+        self.model = accelerator.prepare_model(model, evaluation_mode=split)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     def update(self, step: int, compute: Callable[..., Tensor]) -> float:
         """Make one optimiser step and return the loss, averaged over micro-batches and processes.
@@ -152,27 +163,42 @@ class Player:
         return BatchStreams(range(first, first + self.micro_batch), self.seed, self.name, step, size=size)
 
     def averaged(self) -> nn.Module:
-        """Return the network with averaged weights (the network itself without EMA)."""
-        return self.average.module if self.average is not None else self.network
+        """Return the network with averaged weights (the network itself without EMA).
+
+        One that is split comes as a whole to the main process, without weights to the others.
+        """
+        network = self.average.module if self.average is not None else self.network
+        if self.shape is None:
+            return network
+        main = self.accelerator.is_main_process
+        state, copied = fsdp.gather(network.state_dict(), main), copy.deepcopy(self.shape)
+        if main:
+            copied.to_empty(device=self.accelerator.device).load_state_dict(state)
+        return copied
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next step depends on."""
+        """Return all that the next step depends on; of a network that is split, as a whole to the main process."""
         state = {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"skipped": self.skipped, "in_a_row": self.in_a_row}
         if self.average is not None:
             state["average"] = self.average.state_dict()
-        return state
+        return fsdp.gather(state, self.accelerator.is_main_process)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        _load(self.network, state["model"])
+        parameters = list(self.network.parameters())
+        moments = {
+            i: {k: fsdp.lay(v, parameters[i]) if v.shape == parameters[i].shape else v for k, v in tensors.items()}
+            for i, tensors in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            _load(self.average, state["average"])
 
-    def _backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss / self.micro_batches)
+    def _backward(self, loss: Tensor, **options: Any) -> None:
+        self.accelerator.backward(loss / self.micro_batches, **options)
 
     def _skip(self, step: int, loss: float, norm: float) -> None:
         """Count a step that is not made, and let the scaler of fp16 lower its scale."""
@@ -190,7 +216,7 @@ class Player:
     def _gradient_norm(self) -> Tensor:
         limit = self.clip if self.clip is not None else math.inf
         norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        return norm
+        return fsdp.whole(norm)
 
     @torch.no_grad()
     def _move_average(self) -> None:
@@ -199,5 +225,12 @@ class Player:
             return
         k = int(self.average.n_averaged)  # which is on the CPU
         decay = min(self.ema, (1 + k) / (10 + k)) if k else 0.0
-        torch._foreach_lerp_(list(self.average.module.parameters()), list(self.network.parameters()), 1 - decay)
+        averages, weights = ([fsdp.part(p) for p in m.parameters()] for m in (self.average.module, self.network))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         self.average.n_averaged += 1
+
+
+def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load whole weights into a network that may be split."""
+    own = network.state_dict()
+    network.load_state_dict({name: fsdp.lay(x, own[name]) for name, x in state.items()})

@@ -111,12 +111,21 @@ class Run:
         student: its settings.
         keep: checkpoints to keep.
         scaler: of the gradients with fp16, shared by the players.
+        writes: whether this process writes; all of them must call `save` and `mend_student`, which gather networks
+            that are split.
     """
 
     def __init__(
-        self, out: Path, players: dict[str, Player], student: Student, keep: int, scaler: torch.amp.GradScaler | None
+        self,
+        out: Path,
+        players: dict[str, Player],
+        student: Student,
+        keep: int,
+        scaler: torch.amp.GradScaler | None,
+        writes: bool = True,
     ) -> None:
         self.out, self.players, self.student, self.keep, self.scaler = out, players, student, keep, scaler
+        self.writes = writes
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
@@ -144,6 +153,9 @@ class Run:
         """
         folder = self.out / "checkpoints" / f"step-{step:06d}"
         state: dict[str, Any] = {name: player.state_dict() for name, player in self.players.items()}
+        student = self._averaged(step)
+        if not self.writes:
+            return
         state |= {"scaler": self.scaler.state_dict() if self.scaler else None, "step": step, "seconds": seconds}
         with atomic_folder(folder) as new:
             try:
@@ -155,7 +167,7 @@ class Run:
                     "command again; the checkpoint before it is intact"
                 ) from error
             (new / "state.pt.sha256").write_text(f"{sha256(new / 'state.pt')}  state.pt\n")
-        self.save_student(step)
+        self._save_student(student)
         # Later ones are left from before a damaged one, or from before --resume: they do not count.
         for old in [path for path in self.checkpoints() if _step(path) <= step][self.keep :]:
             shutil.rmtree(old)
@@ -208,14 +220,14 @@ class Run:
                 mend += f"; --resume {newest[0]} starts it from the last good checkpoint"
             raise IbmdError(f"{error}; {mend}") from error
 
-    def save_student(self, step: int) -> None:
-        """Write `student/` with the averaged weights."""
-        student = self._averaged(step)
+    def _save_student(self, student: Student) -> None:
         save_model(student, self.out / "student", card=student_card(student))
 
     def mend_student(self, step: int, reporter: Reporter) -> None:
         """Write `student/` again, and say so, unless it holds the averaged weights of `step`."""
         want, folder = self._averaged(step), self.out / "student"
+        if not self.writes:
+            return
         try:
             have = load_model(str(folder), "student")
             sound = _content(have) == _content(want) and _equal(have, want)
@@ -223,9 +235,10 @@ class Run:
             sound = False
         if not sound:
             reporter.warn(f"{folder}: absent, damaged, or not of step {step}; written again from the checkpoint")
-            self.save_student(step)
+            self._save_student(want)
 
     def _averaged(self, step: int) -> Student:
+        """Return the student with the averaged weights."""
         config = {**self.student.config, "training": {**self.student.config["training"], "step": step}}
         return Student(self.players["student"].averaged(), config)  # type: ignore[arg-type]
 

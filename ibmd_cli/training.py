@@ -28,6 +28,7 @@ from ibmd_cli.devices import tune
 from ibmd_cli.distillation import Setup, Sources, bridge_iterations, bridge_loss, ibmd, rollout, student_step
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file
+from ibmd_cli.fsdp import split
 from ibmd_cli.images import to_uint8
 from ibmd_cli.loading import count_workers
 from ibmd_cli.logs import Watch, read_log
@@ -91,6 +92,8 @@ def distill(
             f"--batch-size {config.batch_size} is not a multiple of {accelerator.num_processes} process(es) × "
             f"--micro-batch {micro_batch}: choose a multiple"
         )
+    if config.fsdp and accelerator.num_processes == 1:
+        raise UsageError("--fsdp splits the networks over several processes, and there is one: add --processes N")
     teacher = _load(config, reporter)
     degradation = "" if config.degrade == "none" else config.degrade
     workers = count_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -115,8 +118,7 @@ def _accelerator(config: DistillConfig, out: Path, device: torch.device) -> Acce
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UsageError(
-                f"ACCELERATE_USE_{name}: networks are not split over GPUs: turn it off in `accelerate config`; "
-                "--micro-batch auto, --checkpointing and --precision bf16 take less memory"
+                f"ACCELERATE_USE_{name}: turn it off in `accelerate config`: --fsdp splits the networks over processes"
             )
     if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
         torch.cuda.set_device(device)  # the one that Accelerate takes
@@ -176,6 +178,7 @@ def _train(
         betas=config.betas,
         micro_batches=share // micro_batch,
         micro_batch=micro_batch,
+        split=config.fsdp,
     )
     phi = player(
         "bridge_model",
@@ -191,14 +194,13 @@ def _train(
         clip=config.clip or None,
         ema=config.ema,
     )
-    x0_star = accelerator.prepare_model(teacher.predictor, evaluation_mode=True)
     if config.compile:  # after their copies were made, and in place: names of parameters stay
         for predictor in (teacher.predictor, bridge_model, student.predictor):
             predictor.backbone.compile()
-    run = Run(out, {"student": theta, "bridge_model": phi}, student, config.keep, accelerator.scaler)
+    run = Run(out, {"student": theta, "bridge_model": phi}, student, config.keep, accelerator.scaler, writes=main)
     start, spent = run.restore(resume, reporter)
     watch = Watch(config.steps, run.trim_log(start) if main else ())
-    if main and start:
+    if start:
         run.mend_student(start, reporter)
     accelerator.wait_for_everyone()
     if start >= config.steps:
@@ -213,8 +215,14 @@ def _train(
         return sources.batch(micro_batch, rng, config.flip, accelerator.device)
 
     preview = Preview(sources, teacher, config.seed, accelerator.device) if main else None
-    if preview and start == 0:
-        preview.save(out / "previews" / "step-000000.png", student, theta.averaged())
+    if start == 0:
+        average = theta.averaged()
+        if preview:
+            preview.save(out / "previews" / "step-000000.png", student, average)
+        del average
+    if config.fsdp:
+        split(teacher.predictor)
+    x0_star = accelerator.prepare_model(teacher.predictor, evaluation_mode=True)
     steps = ibmd(
         x0_star, phi.model, theta.model, setup, draw, phi.update, theta.update,
         steps=config.steps, bridge_steps=config.bridge_steps, bridge_warmup=config.bridge_warmup,
@@ -242,20 +250,22 @@ def _train(
             line |= {"skipped": phi.skipped + theta.skipped, "broken_images": len(sources.broken)}
             show = k % config.preview_every == 0 or k == config.steps
             save = stop or k % config.checkpoint_every == 0 or k == config.steps
-            if preview:
-                if show:
-                    line |= preview.save(out / "previews" / f"step-{k:06d}.png", student, theta.averaged())
+            if show:
+                average = theta.averaged()
+                if preview:
+                    line |= preview.save(out / "previews" / f"step-{k:06d}.png", student, average)
+                del average
+            if main:
                 line |= watch.look(line)
                 for warning in line.get("warnings", []):
                     reporter.warn(warning)
                 run.log(line)
                 accelerator.log({name: v for name, v in line.items() if isinstance(v, int | float)}, step=k)
-                if save:
-                    run.save(k, seconds)
-                if show or save:
-                    write_page(out, "running")
             if save:
+                run.save(k, seconds)
                 accelerator.wait_for_everyone()
+            if main and (show or save):
+                write_page(out, "running")
             if stop and k < config.steps:
                 reporter.note(f"interrupted after step {k}; the same command continues from here")
                 raise KeyboardInterrupt

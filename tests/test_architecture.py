@@ -13,7 +13,7 @@ LAYERS = (
     ("errors", "figures", "files", "layers", "logs", "markup", "noise", "reporting"),
     ("bridges", "config", "decoding", "degradations", "devices", "encoding", "hub", "launching", "sharing", "tiles"),
     ("albums", "exported", "images", "labels", "networks", "pages", "sheets"),
-    ("distillation", "jobs", "memory"),
+    ("distillation", "fsdp", "jobs", "memory"),
     ("samplers",),
     ("models",),
     ("checkpoints", "programs"),

@@ -361,7 +361,7 @@ FEW = ["--teacher-nfe", 10, "--samples", 2, "--batch-size", 2, "--metric", "kid_
 
 
 def same_scores(some: dict, others: dict) -> None:
-    """A convolution's last bits differ with where its memory lies: features to 1e-6, a pixel in many by a grey level."""
+    """A convolution's last bits differ with where its memory lies: features by 1e-6, a rare pixel by a grey level."""
     for ours, theirs in zip(some["rows"], others["rows"], strict=True):
         for metric, tolerance in (("psnr", 1e-4), ("kid_efflite0", 1e-5)):
             for figure in ("value", "low", "high"):

@@ -336,26 +336,69 @@ Path(sys.argv[1], f"result-{accelerator.process_index}").write_text(result)
 """
 
 
+SPLIT = """
+import json, sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from ibmd_cli.fsdp import part
+from ibmd_cli.models import load_model
+from ibmd_cli.optimisation import Player, Schedule
+
+accelerator = Accelerator(cpu=True)
+predictor = load_model(sys.argv[2], "teacher").predictor
+numbers = sum(p.numel() for p in predictor.parameters())
+player = Player("p", predictor, accelerator, Schedule(0.1), steps=1, seed=0, ema=0.9, split=True)
+def compute(rng, backward):
+    x = torch.randn(2, 3, 16, 16, generator=rng)
+    loss = player.model(x, torch.full((2,), 0.5), x).square().mean()
+    backward(loss)
+    return loss.detach()
+player.update(0, compute)
+moments = [v for state in player.optimizer.state_dict()["state"].values() for v in state.values() if v.ndim]
+kinds = [player.network.parameters(), player.average.module.parameters(), moments]
+shares = [sum(part(x).numel() for x in tensors) / numbers for tensors in kinds]
+Path(sys.argv[1], f"result-{accelerator.process_index}").write_text(json.dumps(shares))
+"""
+
+
+def in_two_processes(program: str, folder: Path, *arguments: object) -> list[str]:
+    """Run a program in two processes that talk through gloo; return what each wrote into its file in the folder."""
+    (folder / "program.py").write_text(program)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launch, *map(str, (folder / "program.py", folder, *arguments))]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [(folder / f"result-{i}").read_text() for i in range(2)]
+
+
 @pytest.mark.slow
 def test_processes_skip_together(tmp_path: Path):
     """A gradient that is not finite in one of two processes is skipped by both, and they stay the same."""
-    (tmp_path / "skipping.py").write_text(SKIPPING)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    program, environ = [*launch, str(tmp_path / "skipping.py"), str(tmp_path)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(program, capture_output=True, text=True, env=environ, timeout=300)
-    assert done.returncode == 0, done.stderr
-    one, other = (file.read_text() for file in tmp_path.glob("result-*"))
+    one, other = in_two_processes(SKIPPING, tmp_path)
     assert one == other
     assert one.startswith("1 ")
 
 
 @pytest.mark.slow
-def test_two_processes(arguments: list[object], tmp_path: Path):
+def test_processes_hold_a_half_each(tiny_teacher: Path, tmp_path: Path):
+    """With --fsdp: of weights, average and both moments; a first dimension of 3 leaves 2 to one and 1 to the other."""
+    shares = [json.loads(text) for text in in_two_processes(SPLIT, tmp_path, tiny_teacher)]
+    for weights_, average, moments in shares:
+        assert weights_ == average == moments / 2 == pytest.approx(0.5, abs=0.01)
+    assert sum(weights_ for weights_, *_ in shares) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--micro-batch", "auto"], ["--fsdp", "--micro-batch", "1"]], ids=lambda o: o[0])
+def test_two_processes(arguments: list[object], tmp_path: Path, options: list[str]):
     """Two CPU processes over gloo learn what one learns, and one may continue their run."""
     arguments = [*arguments, "--batch-size", 4]
     distill(*arguments, "--out", tmp_path / "one")
     command = [sys.executable, "-m", "ibmd_cli", "distill", *map(str, arguments), "--device", "cpu"]
-    command += ["--processes", "2", "--micro-batch", "auto", "--out", str(tmp_path / "two")]
+    command += ["--processes", "2", *options, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "two" / "student")]

@@ -72,10 +72,27 @@ def test_data_that_cannot_serve(tiny_teacher: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_networks_are_not_split(arguments: list[object], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+def test_networks_are_split_by_our_flag(
+    arguments: list[object], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(IbmdError, match=f"ACCELERATE_USE_{name}: networks are not split over GPUs"):
+    with pytest.raises(IbmdError, match=f"ACCELERATE_USE_{name}: .* --fsdp splits the networks"):
         distill(*arguments, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there is one: add --processes N"),
+        (["--compile"], "does not go with --compile"),
+        (["--precision", "fp16"], "use bf16"),
+        (["--micro-batch", "auto"], "give a number"),
+    ],
+)
+def test_splitting_has_conditions(arguments: list[object], tmp_path: Path, options: list[str], message: str):
+    with pytest.raises(IbmdError, match=message):
+        distill(*arguments, "--fsdp", *options, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

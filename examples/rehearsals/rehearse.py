@@ -71,14 +71,14 @@ class Plan:
 
 
 TEACHERS = {
-    "i2sb-jpeg-5": Plan(3000),
-    "i2sb-jpeg-10": Plan(1000, "i2sb-jpeg-5"),
-    "i2sb-sr4x-bicubic": Plan(1500, "i2sb-jpeg-5"),
-    "i2sb-sr4x-pool": Plan(1000, "i2sb-sr4x-bicubic"),
-    "i2sb-inpaint-center": Plan(2000, "i2sb-jpeg-5"),
-    "ddbm-edges2handbags": Plan(4000, "i2sb-jpeg-5", sources="edges"),
-    "ddbm-diode": Plan(2500, "i2sb-jpeg-5", sources="normals"),
-    "dbim-imagenet-inpaint-center": Plan(2000, "i2sb-inpaint-center"),
+    "i2sb-jpeg-5": Plan(1500),
+    "i2sb-jpeg-10": Plan(300, "i2sb-jpeg-5"),
+    "i2sb-sr4x-bicubic": Plan(500, "i2sb-jpeg-5"),
+    "i2sb-sr4x-pool": Plan(300, "i2sb-sr4x-bicubic"),
+    "i2sb-inpaint-center": Plan(600, "i2sb-jpeg-5"),
+    "ddbm-edges2handbags": Plan(1000, "i2sb-jpeg-5", sources="edges"),
+    "ddbm-diode": Plan(700, "i2sb-jpeg-5", sources="normals"),
+    "dbim-imagenet-inpaint-center": Plan(600, "i2sb-inpaint-center"),
 }
 
 
@@ -104,16 +104,16 @@ BRIDGE_LR = 3e-4
 ROWS = {
     f"{row.teacher}-{row.nfe}step": row
     for row in (
-        Row("i2sb-jpeg-5", 1, 300),
-        Row("ddbm-edges2handbags", 2, 300, lr=1e-4),
-        Row("dbim-imagenet-inpaint-center", 4, 600, lr=1e-4),
-        Row("i2sb-sr4x-bicubic", 1, 300),
-        Row("i2sb-inpaint-center", 4, 150),
-        Row("ddbm-diode", 2, 300, lr=1e-4),
-        Row("ddbm-edges2handbags", 1, 300, lr=1e-4),
-        Row("ddbm-diode", 1, 300, lr=1e-4),
-        Row("i2sb-jpeg-10", 1, 300),
-        Row("i2sb-sr4x-pool", 1, 300),
+        Row("i2sb-jpeg-5", 1, 100),
+        Row("i2sb-inpaint-center", 4, 50),
+        Row("ddbm-edges2handbags", 2, 150, lr=1e-4),
+        Row("dbim-imagenet-inpaint-center", 4, 200, lr=1e-4),
+        Row("i2sb-sr4x-bicubic", 1, 100),
+        Row("ddbm-diode", 2, 150, lr=1e-4),
+        Row("ddbm-edges2handbags", 1, 150, lr=1e-4),
+        Row("ddbm-diode", 1, 150, lr=1e-4),
+        Row("i2sb-jpeg-10", 1, 100),
+        Row("i2sb-sr4x-pool", 1, 100),
     )
 }
 
