@@ -1,6 +1,7 @@
 """A run cannot be lost: whatever stops it, the same command gives the student of an uninterrupted run, to the bit."""
 
 import fcntl
+import json
 import multiprocessing
 import os
 import random
