@@ -1,6 +1,7 @@
 """Students of one and more steps on an embedded teacher, each with all numbers of network calls that it can make.
 
 python examples/multistep.py outline2emoji                           distils students of 1, 2 and 4 steps first
+python examples/multistep.py outline2emoji --val build/emoji/val.npz     of make_data.py: the pairs to choose by
 python examples/multistep.py outline2emoji --student runs/a --student runs/b
 """
 
@@ -13,6 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent / "emoji"))
+from train_teacher import TASKS, Pairs
+
 from ibmd_cli.distillation import Sources
 from ibmd_cli.metrics import diversity, energy_score, estimate, resamples
 from ibmd_cli.models import Student, Teacher, load_model
@@ -23,10 +27,15 @@ SAMPLES = 4
 """Draws for each source."""
 
 
-def distil(teacher: str, nfe: int) -> str:
-    """Distil a student of `nfe` steps with the teacher's preset, or take the one that is there; return its folder."""
+def distil(teacher: str, nfe: int, steps: int) -> str:
+    """Distil a student of `nfe` steps, or take the one that is there; return its folder.
+
+    Each starts from the embedded student of one step: from the teacher, a bridge model that is fitted to the mixture of
+    blurred first and sharp later steps leads several steps astray.
+    """
     out = Path("runs") / f"{teacher}-{nfe}step"
-    command = ["distill", "--teacher", f"builtin:{teacher}", "--nfe", str(nfe), "--out", str(out)]
+    command = ["distill", "--teacher", f"builtin:{teacher}", "--init", f"builtin:{teacher}", "--nfe", str(nfe)]
+    command += ["--steps", str(steps), "--out", str(out)]
     subprocess.run([sys.executable, "-m", "ibmd_cli", *command], check=True, stdout=subprocess.DEVNULL)
     return str(out)
 
@@ -51,14 +60,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", help="name of an embedded teacher")
     parser.add_argument("--student", action="append", default=[], help="reference (repeatable)")
+    parser.add_argument("--steps", type=int, default=150, help="updates of each student")
     parser.add_argument("--teacher-nfe", type=int, nargs="*", default=[1, 2, 4, 20])
+    parser.add_argument("--val", type=Path, help="measure on these pairs, not on the test split")
     parser.add_argument("--images", type=int, help="the first so many only")
     args = parser.parse_args()
-    references = args.student or [distil(args.teacher, nfe) for nfe in (1, 2, 4)]
+    references = args.student or [distil(args.teacher, nfe, args.steps) for nfe in (1, 2, 4)]
     teacher = load_model(f"builtin:{args.teacher}", "teacher")
-    names, *images = embedded_pairs(args.teacher)
-    names = names[: args.images]
-    x_T, x_0 = (x[: args.images].float() / 127.5 - 1 for x in images)
+    if args.val:
+        x_0, x_T = Pairs(args.val, TASKS[args.teacher])[:]
+        names = [str(i) for i in range(len(x_0))]
+    else:
+        names, *images = embedded_pairs(args.teacher)
+        x_T, x_0 = (x.float() / 127.5 - 1 for x in images)
+    names, x_T, x_0 = names[: args.images], x_T[: args.images], x_0[: args.images]
     pool = 4 if teacher.source_scale == 1 else 1  # sources of super-resolution give the pooled pixels away
     print(f"{'model':40}  NFE  energy score          diversity  ms/image")
     for reference in references:

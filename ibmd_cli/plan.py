@@ -46,8 +46,9 @@ def plan(config: DistillConfig, out: Path, processes: int = 1) -> dict[str, Any]
         recompute=config.recompute,
         checkpointing=config.checkpointing,
         mixed=config.precision != "fp32",
-        alone=processes == 1,
+        alone=processes == 1 or config.fsdp,
     )
+    fixed = memory.fixed // (processes if config.fsdp else 1)
     share = config.batch_size // processes
     micro_batch = 1 if config.micro_batch == AUTO else int(config.micro_batch) or share
     return {
@@ -58,9 +59,9 @@ def plan(config: DistillConfig, out: Path, processes: int = 1) -> dict[str, Any]
         "images per update": config.batch_size,
         "processes": processes,
         "micro-batch": "auto; memory for 1" if config.micro_batch == AUTO else micro_batch,
-        "memory of each process without activations, bytes": memory.fixed,
+        "memory of each process without activations, bytes": fixed,
         "activations, bytes per image of a micro-batch": memory.per_image,
-        "memory of each process, bytes": memory.fixed + micro_batch * memory.per_image,
+        "memory of each process, bytes": fixed + micro_batch * memory.per_image,
         "updates of the bridge model": config.bridge_warmup + config.steps * config.bridge_steps,
         "timesteps of the student": times,
         "files to download": files,
