@@ -170,7 +170,8 @@ def tables(results: Data) -> Group:
         Text(notes, "dim"),
     ]
     if results["differences"]:
-        labels = [*_labels(results)[: len(results["metrics"])], "diversity, ratio", "times as fast"]
+        ratio = ["diversity, ratio"] if "diversity" in results["metrics"] else []
+        labels = [*map(label, results["metrics"].values()), *ratio, "times as fast"]
         parts += [Text("\ndifferences, on the same pairs", "bold"), Fitting(labels, list(_differences(results)))]
     parts += [Text("\n" + sentence(results, gap)) for gap in against_best(results)]
     return Group(*parts)
@@ -201,9 +202,10 @@ def _differences(results: Data) -> Iterator[Column]:
         cells: list[Text | str] = []
         for name, metric in results["metrics"].items():
             cells.append(_cell(gap[name], metric, styles[verdict(gap[name], metric)], "+") if name in gap else "–")
-        ratio = gap["diversity_ratio"]
         row, other = results["rows"][gap["row"]], results["rows"][gap["against"]]
-        cells += ["–" if ratio is None else f"{ratio:.2f}×", f"{gap['speed_up']:.3g}×"]
+        if "diversity" in results["metrics"]:
+            cells.append("–" if gap["diversity_ratio"] is None else f"{gap['diversity_ratio']:.2f}×")
+        cells.append(f"{gap['speed_up']:.3g}×")
         yield f"{row['label']} −\n{other['label']} {other['nfe']} NFE", cells
 
 

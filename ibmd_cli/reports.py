@@ -172,8 +172,9 @@ def _differences(results: Data) -> Iterator[str]:
         for name, metric in metrics.items():
             words = [figures.verdict(gap[name], metric) if name in gap else "" for gap in gaps]
             lines[name] = [_cell(gap.get(name), metric, word, "+", word) for gap, word in zip(gaps, words, strict=True)]
-        ratios = [gap["diversity_ratio"] for gap in gaps]
-        lines["diversity, ratio"] = ["<td>–</td>" if ratio is None else f"<td>{ratio:.2f}×</td>" for ratio in ratios]
+        if "diversity" in metrics:
+            ratios = [gap["diversity_ratio"] for gap in gaps]
+            lines["diversity, ratio"] = ["<td>–</td>" if r is None else f"<td>{r:.2f}×</td>" for r in ratios]
         lines["times as fast"] = [f"<td>{gap['speed_up']:.3g}×</td>" for gap in gaps]
         yield from _table(results, heads, lines)
     yield '<p class="note">Better or worse: the 95 % interval leaves zero out. Elsewhere no difference is resolved.</p>'
