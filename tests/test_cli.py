@@ -76,6 +76,7 @@ from ibmd_cli.cli import main
 sync = os.fsync
 
 def fsync(handle):  # of a temporary file, which has not got its name yet
+    os.fsync = sync
     os.kill(os.getpid(), signal.SIGTERM)
     sync(handle)
 
