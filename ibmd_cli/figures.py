@@ -106,6 +106,11 @@ def evaluations(nfe: int) -> str:
     return "one evaluation" if nfe == 1 else f"{nfe} evaluations"
 
 
+def draws(settings: Data) -> str:
+    """Write how many samples there are."""
+    return "one sample each" if settings["samples"] == 1 else f"{settings['samples']} samples each"
+
+
 def floors(results: Data) -> Iterator[str]:
     """Tell for each score that has a floor what real images get, so that the other values can be judged."""
     for name, floor in results["floor"].items():
@@ -161,7 +166,7 @@ def conditions(results: Data) -> str:
 def tables(results: Data) -> Group:
     """Lay out the results of `evaluate`: the scores of each model, the differences between models, and a sentence."""
     settings = results["settings"]
-    title = f"{settings['data']}: {settings['images']} pairs, {settings['samples']} samples each"
+    title = f"{settings['data']}: {settings['images']} pairs, {draws(settings)}"
     notes = "\n".join([*legend(results), "[95 % interval]", *floors(results), *cautions(results), conditions(results)])
     # texts, not strings, whose brackets would be taken for styles
     parts: list[RenderableType] = [

@@ -149,13 +149,16 @@ def test_pictures_and_scores_of_images_belong_together(evaluated: tuple[dict, Pa
 
 
 def test_best_and_worst_images_are_shown_with_one_draw(tmp_path: Path):
-    data, out = write_pairs(tmp_path / "pairs", 14), tmp_path / "out"
+    data, out = write_pairs(tmp_path / os.fsdecode(b"pairs\xff"), 14), tmp_path / "out"
     first = sorted((data / "source").iterdir())[0].name
     hostile = os.fsdecode(b"0\xff\n.png")  # not UTF-8, two lines
     for side in ("source", "target"):
         (data / side / first).rename(data / side / hostile)
     results = json.loads(run("--data", data, "--teacher", "none", "--metric", "psnr", "--out", out, "--json").stdout)
     assert results["shown_by"] == "psnr"
+    assert results["settings"]["data"] == rf"{tmp_path}/pairs\xff"
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+    assert r"pairs\xff" in (out / "report.html").read_text(encoding="utf-8")
     even = {image["name"] for image in results["shown"] if image["why"] == "even"}
     assert len(even) == 12
     assert r"0\xff\n.png" in even
