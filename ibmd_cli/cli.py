@@ -310,7 +310,6 @@ def sample(
     from ibmd_cli.jobs import SampleConfig
     from ibmd_cli.sampling import sample as run
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with no temporary file left
     config = SampleConfig(
         inputs=(*(inputs or ()), *(more or ())),
         files_from=files_from,
@@ -363,7 +362,8 @@ def evaluate(
         str | None, typer.Option(help="Teacher, or none.", show_default="the one that the student was distilled from")
     ] = None,
     teacher_nfe: Annotated[
-        list[int] | None, typer.Option(help="Network calls of the teacher (repeatable).", show_default="1 5 20 100")
+        list[str] | None,
+        typer.Option(metavar="N,…", help="Network calls of the teacher (repeatable).", show_default="1,5,20,100"),
     ] = None,
     preset: Preset = None,
     data: Annotated[
@@ -387,7 +387,11 @@ def evaluate(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="What to measure (repeatable), e.g. fid, lpips_vgg.", show_default="what needs no download"),
+        typer.Option(
+            metavar="NAME,…",
+            help="What to measure (repeatable), e.g. fid,lpips_vgg.",
+            show_default="what needs no download",
+        ),
     ] = None,
     weights: Annotated[
         list[Path] | None, typer.Option(help="File or folder of weights of Inception, VGG16, … (repeatable).")
@@ -424,7 +428,7 @@ def evaluate(
     config = EvalConfig(
         student=tuple(student) if student else EvalConfig.student,
         teacher=teacher,
-        teacher_nfe=tuple(teacher_nfe) if teacher_nfe else EvalConfig.teacher_nfe,
+        teacher_nfe=_numbers("--teacher-nfe", teacher_nfe) or EvalConfig.teacher_nfe,
         preset=preset,
         data=data,
         samples=samples,
@@ -433,7 +437,7 @@ def evaluate(
         device=device,
         out=out,
         protocol=protocol,
-        metrics=tuple(metric or ()),
+        metrics=_listed(metric),
         seeds=seeds,
         weights=tuple(weights or ()),
         fetch=fetch,
@@ -537,6 +541,7 @@ def export(
     exporter = Exporter(student)
     reports = []
     for config in configs:
+        reporter.note(f"writing {config.output}, and running it back")
         reports.append(report := exporter.export(config))
         reporter.note(
             f"{config.output}: {report['bytes'] / 1e6:.2f} MB, largest difference {report['max_difference']:.2g}, "
@@ -548,6 +553,19 @@ def export(
         _table("Exports", [_export_row(report) for report in reports])
     else:
         typer.echo(str(configs[0].output))
+
+
+def _listed(given: list[str] | None) -> tuple[str, ...]:
+    """Return the words of a flag that is repeated, or given several with commas between them."""
+    return tuple(word.strip() for words in given or () for word in words.split(","))
+
+
+def _numbers(flag: str, given: list[str] | None) -> tuple[int, ...]:
+    words = _listed(given)
+    for word in words:
+        if not word.isdecimal():
+            raise UsageError(f"{flag} {word!r}: expected whole numbers, e.g. {flag} 1,20")
+    return tuple(map(int, words))
 
 
 def _export_row(report: dict[str, Any]) -> dict[str, Any]:
@@ -621,6 +639,7 @@ def main() -> None:
     reporter = Reporter()
     if is_plain(sys.stdout):
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # Typer writes escape codes where GITHUB_ACTIONS is set
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: exit code 130, no temporary file
     try:
         app()
     except IbmdError as error:

@@ -25,6 +25,7 @@ from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.features import Network, load_network
 from ibmd_cli.files import atomic_file
+from ibmd_cli.images import shown
 from ibmd_cli.measuring import Entry, Measurement, Parts, measure
 from ibmd_cli.metrics import DEFAULT, METRICS
 from ibmd_cli.models import Model, Student, load_model, sha256
@@ -172,15 +173,25 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         results, terms = scoring.summarise(
             entries, pairs.names, measurement, networks, parts, context, protocol, reference
         )
+        results = _spelled(results)
         if config.out is not None:
-            shown = pictures.choose(terms, len(pairs.names))
-            results |= pictures.write(config.out, shown, terms, entries, pairs, measurement, device)
+            chosen = pictures.choose(terms, len(pairs.names))
+            results |= pictures.write(config.out, chosen, terms, entries, pairs, measurement, device)
             scoring.write_scores(config.out / "scores.csv", pairs.names, terms)
             with atomic_file(config.out / "results.json") as new:
                 new.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
             write_report(config.out, results)
             reporter.note(f"wrote {config.out / 'report.html'}, with results.json and pictures beside it")
         return results
+
+
+def _spelled(results: Any) -> Any:
+    """Spell all texts of results as names of files are spelled: UTF-8 has no place for some of their bytes."""
+    if isinstance(results, dict):
+        return {key: _spelled(value) for key, value in results.items()}
+    if isinstance(results, list):
+        return [_spelled(value) for value in results]
+    return shown(results) if isinstance(results, str) else results
 
 
 def _settings(

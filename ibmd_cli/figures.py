@@ -106,6 +106,11 @@ def evaluations(nfe: int) -> str:
     return "one evaluation" if nfe == 1 else f"{nfe} evaluations"
 
 
+def draws(settings: Data) -> str:
+    """Write how many samples there are."""
+    return "one sample each" if settings["samples"] == 1 else f"{settings['samples']} samples each"
+
+
 def floors(results: Data) -> Iterator[str]:
     """Tell for each score that has a floor what real images get, so that the other values can be judged."""
     for name, floor in results["floor"].items():
@@ -161,7 +166,7 @@ def conditions(results: Data) -> str:
 def tables(results: Data) -> Group:
     """Lay out the results of `evaluate`: the scores of each model, the differences between models, and a sentence."""
     settings = results["settings"]
-    title = f"{settings['data']}: {settings['images']} pairs, {settings['samples']} samples each"
+    title = f"{settings['data']}: {settings['images']} pairs, {draws(settings)}"
     notes = "\n".join([*legend(results), "[95 % interval]", *floors(results), *cautions(results), conditions(results)])
     # texts, not strings, whose brackets would be taken for styles
     parts: list[RenderableType] = [
@@ -170,7 +175,8 @@ def tables(results: Data) -> Group:
         Text(notes, "dim"),
     ]
     if results["differences"]:
-        labels = [*_labels(results)[: len(results["metrics"])], "diversity, ratio", "times as fast"]
+        ratio = ["diversity, ratio"] if "diversity" in results["metrics"] else []
+        labels = [*map(label, results["metrics"].values()), *ratio, "times as fast"]
         parts += [Text("\ndifferences, on the same pairs", "bold"), Fitting(labels, list(_differences(results)))]
     parts += [Text("\n" + sentence(results, gap)) for gap in against_best(results)]
     return Group(*parts)
@@ -201,9 +207,10 @@ def _differences(results: Data) -> Iterator[Column]:
         cells: list[Text | str] = []
         for name, metric in results["metrics"].items():
             cells.append(_cell(gap[name], metric, styles[verdict(gap[name], metric)], "+") if name in gap else "–")
-        ratio = gap["diversity_ratio"]
         row, other = results["rows"][gap["row"]], results["rows"][gap["against"]]
-        cells += ["–" if ratio is None else f"{ratio:.2f}×", f"{gap['speed_up']:.3g}×"]
+        if "diversity" in results["metrics"]:
+            cells.append("–" if gap["diversity_ratio"] is None else f"{gap['diversity_ratio']:.2f}×")
+        cells.append(f"{gap['speed_up']:.3g}×")
         yield f"{row['label']} −\n{other['label']} {other['nfe']} NFE", cells
 
 

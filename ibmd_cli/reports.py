@@ -74,7 +74,7 @@ def _summary(results: Data, title: str) -> Iterator[str]:
     settings = results["settings"]
     height, width = settings["size"]
     what = f"{settings['images']:,} pairs of {settings['data']}, {width}×{height} pixels"
-    how = f"{settings['samples']} samples each" + (f", protocol {settings['protocol']}" if settings["protocol"] else "")
+    how = figures.draws(settings) + (f", protocol {settings['protocol']}" if settings["protocol"] else "")
     heading = escape(title).replace("/", "/<wbr>")  # where a long path may break
     yield f'<header><p class="kicker">ibmd eval: {escape(f"{what}, {how}")}</p><h1>{heading}</h1>'
     links = {"figures": "Figures", "charts": "Charts", "pictures": "Pictures", "origins": "How it was measured"}
@@ -172,8 +172,9 @@ def _differences(results: Data) -> Iterator[str]:
         for name, metric in metrics.items():
             words = [figures.verdict(gap[name], metric) if name in gap else "" for gap in gaps]
             lines[name] = [_cell(gap.get(name), metric, word, "+", word) for gap, word in zip(gaps, words, strict=True)]
-        ratios = [gap["diversity_ratio"] for gap in gaps]
-        lines["diversity, ratio"] = ["<td>–</td>" if ratio is None else f"<td>{ratio:.2f}×</td>" for ratio in ratios]
+        if "diversity" in metrics:
+            ratios = [gap["diversity_ratio"] for gap in gaps]
+            lines["diversity, ratio"] = ["<td>–</td>" if r is None else f"<td>{r:.2f}×</td>" for r in ratios]
         lines["times as fast"] = [f"<td>{gap['speed_up']:.3g}×</td>" for gap in gaps]
         yield from _table(results, heads, lines)
     yield '<p class="note">Better or worse: the 95 % interval leaves zero out. Elsewhere no difference is resolved.</p>'
@@ -282,6 +283,8 @@ def _origins(results: Data) -> Iterator[str]:
         yield f"<tr><th>{escape(label)}</th><td>{escape('; '.join((*facts, ', '.join(nfe) + ' NFE')))}</td></tr>"
     yield '</table><h3>Settings</h3><table class="settings">'
     for name, setting in results["settings"].items():
+        if setting is None:
+            continue
         text = setting if isinstance(setting, str) else json.dumps(setting, ensure_ascii=False)
         yield f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>"
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

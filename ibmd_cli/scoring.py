@@ -21,6 +21,7 @@ from ibmd_cli.distances import (
 )
 from ibmd_cli.features import Network
 from ibmd_cli.files import atomic_file
+from ibmd_cli.images import shown
 from ibmd_cli.measuring import Entry, Measurement, Parts
 from ibmd_cli.metrics import KID_IMAGES, METRICS, RESAMPLES, Estimate, estimate, resamples
 from ibmd_cli.noise import stream
@@ -272,9 +273,9 @@ def _protocol_texts(
 
 
 def write_scores(file: Path, names: Sequence[str], terms: Mapping[str, Tensor]) -> None:
-    """Write the score of each image, mean over draws, as CSV: name, then `ROW.METRIC`."""
-    with atomic_file(file) as new, new.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines:
+    """Write the score of each image, mean over draws, as CSV in UTF-8: name as in results.json, then `ROW.METRIC`."""
+    with atomic_file(file) as new, new.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines)
         writer.writerow(["name", *terms])
         columns = [values.tolist() for values in terms.values()]
-        writer.writerows([name, *(f"{v:.6g}" for v in row)] for name, *row in zip(names, *columns, strict=True))
+        writer.writerows([shown(name), *(f"{v:.6g}" for v in row)] for name, *row in zip(names, *columns, strict=True))

@@ -62,11 +62,46 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path):
     """The system refuses files above 100 kB here, as a full disk would: one line, no partial file."""
     code = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " + LIMITED
     code += "from ibmd_cli.cli import main; main()"
-    done = ibmd("export", "--output", tmp_path / "student.safetensors", code=code)
+    done = ibmd("export", "--quiet", "--output", tmp_path / "student.safetensors", code=code)
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+TERMINATED = """
+import os, signal
+from ibmd_cli.cli import main
+
+sync = os.fsync
+
+def fsync(handle):  # of a temporary file, which has not got its name yet
+    os.fsync = sync
+    os.kill(os.getpid(), signal.SIGTERM)
+    sync(handle)
+
+os.fsync = fsync
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "--output", "OUT/student.safetensors"],
+        ["eval", "--data", "builtin:outline2emoji", "--teacher", "none", "--metric", "mse", "--out", "OUT"],
+        ["sample", "--input", "DRAWINGS", "--output", "OUT/"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_sigterm_ends_as_an_interrupt_does(arguments: list[str], tmp_path: Path, drawings: Path):
+    places = {"OUT": tmp_path / "out", "DRAWINGS": drawings}
+    for word, place in places.items():
+        arguments = [argument.replace(word, str(place)) for argument in arguments]
+    done = ibmd(*arguments, code=TERMINATED)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [file for file in (tmp_path / "out").rglob("*") if file.name.startswith(".")] == []
 
 
 def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path: Path, tiny_teacher: Path, drawings: Path):

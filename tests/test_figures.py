@@ -51,6 +51,14 @@ def test_a_difference_counts_if_its_interval_leaves_zero_out(direction: str, low
     assert figures.verdict({"value": value, "low": low, "high": high}, {"direction": direction}) == word
 
 
+def test_the_ratio_of_diversities_is_shown_where_diversity_is(results: dict):
+    assert "diversity, ratio" in shown(results, 100)
+    del results["metrics"]["diversity"]
+    text = shown(results, 100)
+    assert "diversity" not in text
+    assert "times as fast" in text
+
+
 def test_best_is_best_as_it_is_shown(results: dict):
     assert figures.best(results, "energy_score") == [3, 4]  # 2.00 and 2.001, shown alike
     assert figures.best(results, "psnr") == [2]

@@ -142,6 +142,13 @@ def test_one_model_alone(tmp_path: Path, model: str):
     assert page.text.count("one source, several z") == 1
 
 
+def test_the_ratio_of_diversities_is_shown_where_diversity_is(page: Page, tmp_path: Path):
+    assert "diversity, ratio" in page.text
+    results = evaluated.results()
+    del results["metrics"]["diversity"], results["protocol"]["diversity"]
+    assert "diversity" not in report(tmp_path, results).text
+
+
 def test_no_pictures(tmp_path: Path):
     page = report(tmp_path, evaluated.results())
     assert page.tags.count("img") == 1  # the empty one for large pictures

@@ -1,8 +1,11 @@
 """Reference outputs of the field's own measuring code, on weights and images that follow a rule.
 
-    python tests/parity/measuring.py      writes measuring.safetensors
+    python tests/parity/measuring.py            computes them again, and prints how far from those that are stored
+    python tests/parity/measuring.py --write    stores them: measuring.safetensors
 
-That needs torchvision, pytorch-fid 0.3.0, clean-fid 0.1.35, torch-fidelity 0.4.0, lpips 0.1.4, stlpips_pytorch 0.0.2.
+That needs `pip install pytorch-fid==0.3.0 clean-fid==0.1.35 torch-fidelity==0.4.0 lpips==0.1.4 stlpips_pytorch==0.0.2`,
+and torchvision in the build for the PyTorch that is installed (`pip install torch torchvision --index-url
+https://download.pytorch.org/whl/cpu` gets two that fit), but none of the published weights.
 Tests need the rule and the stored outputs alone. Names, shapes and order of parameters are those of the published code.
 """
 
@@ -152,6 +155,9 @@ def _lpips(a: Tensor, b: Tensor) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) > 1:
-        __import__(sys.argv[1])  # makes the packages above importable, where they are not installed
-    save_file({k: v.contiguous() for k, v in _reference().items()}, FILE)
+    computed = {k: v.contiguous() for k, v in _reference().items()}
+    if "--write" in sys.argv:
+        save_file(computed, FILE)
+    else:
+        for key, stored in outputs().items():  # bound: 1e-4, as in the tests
+            print(f"{key:28} {(computed[key] - stored).abs().max() / max(1, stored.abs().max()):.1e}")
