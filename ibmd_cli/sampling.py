@@ -106,6 +106,9 @@ def _together(process: int, gather: Gather, do: Callable[[], T]) -> T:
 def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
     """Load the model, and check the settings against it."""
     engine = _load(config, reporter.quiet)
+    own = engine.config.get("degradation")
+    if config.degrade and own and config.degrade != own:
+        reporter.warn(f"--degrade {config.degrade}: {engine.name} was trained with {own}")
     translator = Translator(
         engine,
         seed=config.seed,
@@ -233,6 +236,8 @@ def _load(config: SampleConfig, quiet: bool) -> Engine:
         device=config.device,
         nfe=config.nfe,
         preset=config.preset,
+        head_channels=config.head_channels,
+        attention_order=config.attention_order,
         sampler=config.sampler,
         options=_options(config.sampler_options),
         quiet=quiet,
