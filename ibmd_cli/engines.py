@@ -70,7 +70,8 @@ class TorchEngine:
         source, hole, kind = (None if v is None else torch.from_numpy(v).to(self.place) for v in (x_T, mask, label))
         assert source is not None
         try:
-            return self.model.translate(Sources(source, kind, hole), rng, **self.settings).cpu().numpy()
+            with torch.inference_mode():
+                return self.model.translate(Sources(source, kind, hole), rng, **self.settings).cpu().numpy()
         except RuntimeError as error:
             words = str(error)
             if "out of memory" not in words and "can't allocate memory" not in words:
