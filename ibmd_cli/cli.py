@@ -277,6 +277,10 @@ def sample(
     preset: Annotated[
         str | None, _model(metavar="ALIAS", help="The published teacher that a file of --teacher is.")
     ] = None,
+    head_channels: Annotated[
+        int | None, _model(min=1, metavar="N", help="Of such a file's attention, if not its family's.")
+    ] = None,
+    attention_order: Annotated[str | None, _model(metavar="NAME", help="new or legacy, likewise.")] = None,
     sampler: Annotated[
         str | None, _model(metavar="NAME", help="Of the teacher: ddbm, dbim or i2sb.", show_default="the teacher's own")
     ] = None,
@@ -320,6 +324,8 @@ def sample(
         student=student,
         teacher=teacher,
         preset=preset,
+        head_channels=head_channels,
+        attention_order=attention_order,
         sampler=sampler,
         sampler_options=tuple(sampler_option or ()),
         nfe=nfe,

@@ -21,7 +21,7 @@ from threading import Condition
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.files import why
@@ -168,9 +168,7 @@ def _convert(image: Image.Image, name: str, alpha: str) -> Picture:
     exif = _exif(image)
     rgb, transparency = _colours(image, name)
     if transparency is not None and alpha != "drop":
-        white = Image.new("RGB", rgb.size, "white")
-        white.paste(rgb, mask=transparency)
-        rgb = white
+        rgb.paste("white", mask=ImageChops.invert(transparency))
     kept = transparency if alpha == "keep" else None
     if (turn := _TURNS.get(exif.get(ORIENTATION, 1))) is not None:
         rgb, kept = rgb.transpose(turn), kept and kept.transpose(turn)
@@ -208,9 +206,11 @@ def _colours(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | 
         return Image.fromarray(grey).convert("RGB"), alpha
     if not image.has_transparency_data:
         return _srgb(image), None
-    rgba = image.convert("RGBA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    transparency = rgba.getchannel("A")
     colours = image.getchannel("L") if image.mode == "LA" else rgba.convert("RGB")
-    return _srgb(colours), rgba.getchannel("A")
+    del rgba  # large ones: as few copies at a time as will do
+    return _srgb(colours, copy=False), transparency
 
 
 def _range(values: np.ndarray, name: str) -> int:
@@ -221,8 +221,8 @@ def _range(values: np.ndarray, name: str) -> int:
     raise IbmdError(f"{name}: values from {low:g} to {high:g}: expected 0 to 1, 255 or 65535: rescale them")
 
 
-def _srgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB, through the colour profile if there is one that fits."""
+def _srgb(image: Image.Image, copy: bool = True) -> Image.Image:
+    """Convert to RGB, through the colour profile if there is one that fits; `copy` an image that is RGB already."""
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     if profile := image.info.get("icc_profile"):
@@ -235,7 +235,7 @@ def _srgb(image: Image.Image) -> Image.Image:
                 return converted
         except (ImageCms.PyCMSError, OSError, TypeError, ValueError):  # a damaged profile, or one of another mode
             pass
-    return image.convert("RGB")
+    return image.convert("RGB") if copy or image.mode != "RGB" else image
 
 
 def _exif(image: Image.Image) -> dict[int, Any]:

@@ -70,7 +70,8 @@ class TorchEngine:
         source, hole, kind = (None if v is None else torch.from_numpy(v).to(self.place) for v in (x_T, mask, label))
         assert source is not None
         try:
-            return self.model.translate(Sources(source, kind, hole), rng, **self.settings).cpu().numpy()
+            with torch.inference_mode():
+                return self.model.translate(Sources(source, kind, hole), rng, **self.settings).cpu().numpy()
         except RuntimeError as error:
             words = str(error)
             if "out of memory" not in words and "can't allocate memory" not in words:
@@ -87,6 +88,8 @@ def load_engine(
     device: str = "auto",
     nfe: int | None = None,
     preset: str | None = None,
+    head_channels: int | None = None,
+    attention_order: str | None = None,
     sampler: str | None = None,
     options: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -99,6 +102,8 @@ def load_engine(
         device: see `devices.resolve_device`; with several processes, each takes a GPU of its own.
         nfe: see `TorchEngine`.
         preset: see `teachers.load_teacher`.
+        head_channels: likewise.
+        attention_order: likewise.
         sampler: see `TorchEngine`.
         options: see `TorchEngine`.
         quiet: show no progress of downloads.
@@ -110,7 +115,14 @@ def load_engine(
     if place.type == "cuda" and place.index is None and "LOCAL_RANK" in os.environ:
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if teacher is not None:
-        model: Student | Teacher = load_teacher(teacher, preset=preset, device=place, quiet=quiet)
+        model: Student | Teacher = load_teacher(
+            teacher,
+            preset=preset,
+            device=place,
+            head_channels=head_channels,
+            attention_order=attention_order,
+            quiet=quiet,
+        )
     else:
         assert student is not None
         loaded = load_model(student, "student")

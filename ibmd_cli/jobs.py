@@ -38,6 +38,8 @@ class SampleConfig:
         student: reference; None for the embedded one. Not together with `teacher`.
         teacher: reference of a teacher to translate with instead.
         preset: alias of the published teacher that a file is, where its content cannot tell.
+        head_channels: width of an attention head, where such a file differs from its family.
+        attention_order: "new" or "legacy", likewise.
         sampler: of the teacher; None for its own.
         sampler_options: of the sampler, "KEY=VALUE" each.
         nfe: network calls per image; None for what the model says.
@@ -69,6 +71,8 @@ class SampleConfig:
     student: str | None = None
     teacher: str | None = None
     preset: str | None = None
+    head_channels: int | None = None
+    attention_order: str | None = None
     sampler: str | None = None
     sampler_options: tuple[str, ...] = ()
     nfe: int | None = None
@@ -104,9 +108,10 @@ class SampleConfig:
             raise UsageError("--null: says how the list of --files-from is separated; for paths on stdout: --print0")
         if self.student is not None and self.teacher is not None:
             raise UsageError("--student and --teacher: only one of them translates; run the command once for each")
-        for option in ("preset", "sampler", "sampler_options"):
+        for option in ("preset", "head_channels", "attention_order", "sampler", "sampler_options"):
             if getattr(self, option) and self.teacher is None:
-                raise UsageError(f"--{option.replace('_', '-').rstrip('s')}: is for a teacher; give --teacher, too")
+                flag = option.replace("_", "-").replace("options", "option")
+                raise UsageError(f"--{flag}: is for a teacher; give --teacher, too")
         if self.to_stdout and self.as_json:
             raise UsageError("--json: image bytes already go to stdout; give --output FILE")
         if self.print0 and self.as_json:

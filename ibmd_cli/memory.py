@@ -4,7 +4,6 @@ What does not depend on the batch are the weights of the three networks and, of 
 two moments and the student's average, all in float32. The rest is activations, in proportion to the micro-batch.
 """
 
-import ctypes
 import resource
 import sys
 from collections.abc import Callable
@@ -23,9 +22,6 @@ from ibmd_cli.networks import Predictor
 SHARE_OF_FREE = 0.9
 """Of the free memory, that `--micro-batch auto` takes."""
 GIB = 2**30
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's `mallopt`: free bytes at the end of the heap, of which −1 is any number, are given back; and
-how many blocks may be mapped by themselves rather than lie in the heap."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +112,6 @@ def _graph_bytes(predictor: Predictor, side: int, trained: bool, checkpointing: 
         hook.remove()
     inputs, graphs = zip(*blocks, strict=True)
     return sum(inputs) + max(graphs) if checkpointing else total()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensors, where it would give it back to the system.
-
-    Else the system maps and clears the pages of large tensors anew in each step. Other C libraries are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 Threads read ahead of the network and write behind it, never more than a few batches, so memory does not grow with the
 number of files. All share Python's lock with the network, which wants it for each of hundreds of operations. So where
-images are small, a thread takes a batch at a time, and few decode or encode at once; many may wait for the disk.
+images are small, a thread takes a batch at a time, few decode or encode at once, and the lock is given up soon when
+another wants it; many may wait for the disk.
 Pictures are reported in the order of their inputs, as soon as they are written; what cannot be read, or is done by
 another run, as soon as its turn has come to enter the network.
 """
@@ -29,6 +30,7 @@ from ibmd_cli.decoding import Budget, own_limits, shown
 from ibmd_cli.encoding import SOFTWARE, encode
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import FULL, why, write_file
+from ibmd_cli.heap import share_freed_memory
 from ibmd_cli.jobs import Job, SampleConfig, Source, make_plan
 from ibmd_cli.reading import Inputs, Read
 from ibmd_cli.reporting import Meter, Reporter
@@ -40,6 +42,7 @@ from ibmd_cli.translating import Engine, Piece, Translator
 STUDENT = "builtin:outline2emoji"
 READERS, WRITERS = 4, 16  # threads; those that write mostly wait for the disk, and the disk serves many at once
 BATCH = 8  # images, at most, that a thread takes at a time
+TURN = 50e-6  # seconds for which a thread may keep Python's lock from another; Python's own 5 ms cost the network 6 %
 SLOW = 1.0  # seconds of the network for a picture, from which on it waits until that is written and reported
 Group = tuple[Source, list[Job]]
 T = TypeVar("T")
@@ -105,7 +108,11 @@ def _together(process: int, gather: Gather, do: Callable[[], T]) -> T:
 
 def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
     """Load the model, and check the settings against it."""
+    share_freed_memory()
     engine = _load(config, reporter.quiet)
+    own = engine.config.get("degradation")
+    if config.degrade and own and config.degrade != own:
+        reporter.warn(f"--degrade {config.degrade}: {engine.name} was trained with {own}")
     translator = Translator(
         engine,
         seed=config.seed,
@@ -135,6 +142,8 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: "_
     groups = [(source, list(jobs)) for source, jobs in groupby(jobs, key=lambda job: job.source)]
     waiting: deque[_Writing] = deque()
     with own_limits(), Claims(reporter.warn) as claims, ExitStack() as meters:
+        meters.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(TURN)
         if len(jobs) > 1:
             results.meter = meters.enter_context(reporter.progress("sample", len(jobs), "images"))
 
@@ -233,6 +242,8 @@ def _load(config: SampleConfig, quiet: bool) -> Engine:
         device=config.device,
         nfe=config.nfe,
         preset=config.preset,
+        head_channels=config.head_channels,
+        attention_order=config.attention_order,
         sampler=config.sampler,
         options=_options(config.sampler_options),
         quiet=quiet,

@@ -29,18 +29,11 @@ from ibmd_cli.distillation import Setup, Sources, bridge_iterations, bridge_loss
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file
 from ibmd_cli.fsdp import split
+from ibmd_cli.heap import keep_freed_memory
 from ibmd_cli.images import to_uint8
 from ibmd_cli.loading import count_workers
 from ibmd_cli.logs import Watch, read_log
-from ibmd_cli.memory import (
-    GIB,
-    SHARE_OF_FREE,
-    forget_peak,
-    free_memory,
-    keep_freed_memory,
-    largest_micro_batch,
-    peak_memory,
-)
+from ibmd_cli.memory import GIB, SHARE_OF_FREE, forget_peak, free_memory, largest_micro_batch, peak_memory
 from ibmd_cli.metrics import diversity
 from ibmd_cli.models import Model, Student, Teacher, load_model, make_setup, sha256, student_times
 from ibmd_cli.mosaics import labelled_grid

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ibmd_cli"
 LAYERS = (
     ("normals",),
-    ("errors", "figures", "files", "layers", "logs", "markup", "noise", "reporting"),
+    ("errors", "figures", "files", "heap", "layers", "logs", "markup", "noise", "reporting"),
     ("bridges", "config", "decoding", "degradations", "devices", "encoding", "hub", "launching", "sharing", "tiles"),
     ("albums", "exported", "images", "labels", "networks", "pages", "sheets"),
     ("distillation", "fsdp", "jobs", "memory"),

@@ -692,6 +692,8 @@ def test_options_of_a_teacher(sample, drawings, tiny_teacher):
         (["--sampler", "dbim"], "--sampler: is for a teacher"),
         (["--sampler-option", "eta=0"], "--sampler-option: is for a teacher"),
         (["--preset", "ddbm-edges2handbags"], "--preset: is for a teacher"),
+        (["--head-channels", "32"], "--head-channels: is for a teacher"),
+        (["--teacher", "TINY", "--attention-order", "new"], "says all this itself; leave them out"),
         (["--teacher", "TINY", "--sampler", "euler"], "euler"),
         (["--teacher", "TINY", "--sampler", "i2sb"], "not defined for a teacher of kind vp"),
         (["--teacher", "TINY", "--sampler-option", "eta"], "expected KEY=VALUE"),
@@ -726,6 +728,15 @@ def teacher_with(tmp_path: Path, tiny_config: dict, **changes: object) -> Path:
         p.data = 0.2 * randn(p.shape, stream(0, name))
     save_model(Teacher(predictor, tiny_config | changes), tmp_path / "teacher")
     return tmp_path / "teacher"
+
+
+def test_another_degradation_than_the_models_own_is_said(sample, drawings, tmp_path, tiny_config):
+    teacher = teacher_with(tmp_path, tiny_config, degradation="jpeg-10")
+    result = sample("-i", drawings, "--teacher", teacher, "--degrade", "jpeg-5", "-o", "5/")
+    assert result.code == 0
+    assert result.err.count("warning: --degrade jpeg-5: ") == 1
+    assert "was trained with jpeg-10" in result.err
+    assert "warning" not in sample("-i", drawings, "--teacher", teacher, "--degrade", "jpeg-10", "-o", "10/").err
 
 
 def test_masks(sample, drawings, tmp_path, tiny_config):

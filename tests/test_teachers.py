@@ -20,8 +20,10 @@ from ibmd_cli import hub
 from ibmd_cli.checkpoints import Checkpoint
 from ibmd_cli.cli import app
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
+from ibmd_cli.jobs import SampleConfig
 from ibmd_cli.models import load_model
 from ibmd_cli.networks import UNet, UNetConfig
+from ibmd_cli.sampling import _load
 from ibmd_cli.teachers import list_teachers, load_teacher, recognise
 
 PUBLISHED = {  # alias: family of the parity set, container, options
@@ -141,6 +143,9 @@ def test_attention_order_can_be_given(tmp_path: Path):
     assert load_teacher(str(path)).config["network"]["attention_order"] == "new"
     other = load_teacher(str(path), attention_order="legacy")
     assert other.config["network"]["attention_order"] == "legacy"
+    config = SampleConfig(inputs=("a.png",), teacher=str(path), head_channels=16, attention_order="legacy")
+    network = _load(config, quiet=True).config["network"]
+    assert (network["head_channels"], network["attention_order"]) == (16, "legacy")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from PIL import Image
 
 from ibmd_cli.decoding import read_picture
 from ibmd_cli.engines import load_engine
+from ibmd_cli.heap import share_freed_memory
 from ibmd_cli.jobs import SampleConfig
 from ibmd_cli.mosaics import embedded_sources
 from ibmd_cli.reporting import Reporter
@@ -42,6 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for ONNX Runtime
+    share_freed_memory()  # as `ibmd sample` does: the network alone is to have it, too
     runs: dict[str, list[tuple[float, float]]] = {"loading": [], "network": [], "folder": []}
 
     @contextlib.contextmanager
