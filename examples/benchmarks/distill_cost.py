@@ -174,6 +174,7 @@ def measure(way: Way, case: str, batch: int, bridge_steps: int, device: str, thr
         players[0].requires_grad_(False)
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if way.precision == "fp32" else "bf16")
         parts = {"micro_batches": way.micro_batches, "micro_batch": batch // way.micro_batches}
+        teacher = accelerator.prepare_model(players[0], evaluation_mode=True)
         phi = Player("bridge_model", players[1], accelerator, Schedule(1e-4), steps=1, seed=0, **parts)
         theta = Player("student", players[2], accelerator, Schedule(1e-4), steps=1, seed=0, ema=0.99, **parts)
 
@@ -190,7 +191,7 @@ def measure(way: Way, case: str, batch: int, bridge_steps: int, device: str, thr
 
         def run(bridge_steps: int) -> None:
             steps = ibmd(
-                players[0], phi.model, theta.model, setup, sources, update(phi), update(theta),
+                teacher, phi.model, theta.model, setup, sources, update(phi), update(theta),
                 steps=1, bridge_steps=bridge_steps, recompute=way.recompute, reuse=way.reuse,
             )  # fmt: skip
             list(steps)
