@@ -183,18 +183,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)  # at once, even if a traceback holds a file open
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.1, 1.3])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.1])
 def test_full_disk(
     arguments: list[object], whole: Path, small_disk: Path, share: float, monkeypatch: pytest.MonkeyPatch
 ):
-    """Space is left for a share of a checkpoint: the log, the checkpoint, the student or the preview does not fit."""
+    """Space is left for a share of a checkpoint: the log, the checkpoint or the student does not fit."""
     command = [*arguments, "--out", small_disk / "cut"]
     interrupt(monkeypatch, command, 2)
     left = int(share * (whole / "checkpoints" / "step-000004" / "state.pt").stat().st_size)
     (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
     with pytest.raises((IbmdError, OSError)) as caught:
         distill(*command)
-    print(share, repr(caught.value))
     assert isinstance(caught.value, IbmdError) or caught.value.errno == errno.ENOSPC
     (small_disk / "other").unlink()
     assert "damaged (" not in distill(*command).stderr
