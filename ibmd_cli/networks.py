@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ibmd_cli.bridges import Bridge, expand_to, make_bridge
-from ibmd_cli.layers import Conv2d, GroupNorm, activate, convolve, resampled
+from ibmd_cli.layers import Conv2d, GroupNorm, activate, attend, convolve, resampled
 from ibmd_cli.noise import randn, stream
 
 
@@ -106,7 +106,7 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.reshape(B, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         else:
             q, k, v = qkv.reshape(B, H * W, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        h = attend(q, k, v).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return x + convolve(h, self.proj_out.weight[..., None], self.proj_out.bias)
 
 

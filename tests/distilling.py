@@ -26,13 +26,13 @@ def distill(*arguments: object) -> Any:
     return result
 
 
-def interrupt(monkeypatch: Any, arguments: list[object], step: int) -> None:
-    """Train, and get SIGTERM in step `step` of this process."""
+def interrupt(monkeypatch: Any, arguments: list[object], step: int, number: int = signal.SIGTERM) -> None:
+    """Train, and get a signal in step `step` of this process."""
     left = iter([False] * (step - 1) + [True])
 
     def agreed(_: object, interrupted: list[int]) -> bool:
         if next(left, False):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(0.05)
         return bool(interrupted)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from ibmd_cli.layers import Conv2d, GroupNorm, activate, convolve, resampled
+from ibmd_cli.layers import Conv2d, GroupNorm, activate, attend, convolve, moments, resampled
 
 
 def randn(*shape, seed=0):
@@ -19,6 +19,33 @@ def test_group_norm_computes_in_float32(dtype):
     assert norm(x).dtype == dtype
     assert torch.equal(norm(x), norm(x.float()).to(dtype))
     assert norm.eps == 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_moments_round_like_their_own_values(groups):
+    """A mean of 10 deviations costs 10 roundings, not the 100 of E[x²] − μ²."""
+    x = (10 + randn(4, 48, 16, 16)).contiguous(memory_format=torch.channels_last)
+    mean, rstd = moments(x, groups, 1e-5)
+    parts = x.double().reshape(4, groups, -1)
+    exact = [parts.mean(2), (parts.var(2, correction=0) + 1e-5).rsqrt()]
+    for got, expected in zip((mean, rstd), exact, strict=True):
+        expected = expected.repeat_interleave(48 // groups, 1)[..., None, None]
+        assert ((got - expected) / expected).abs().max() < 3e-7
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_attention_in_bfloat16(grad):
+    q, k, v = (randn(2, 3, 16, 8, seed=i).bfloat16().requires_grad_(grad) for i in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attend(q, k, v)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert y.dtype == torch.bfloat16
+    if grad:  # computed in float32, rounded once
+        assert torch.equal(y, exact.bfloat16())
+        for one, other in zip(*(torch.autograd.grad(h.sum(), [q, k, v]) for h in (y, exact)), strict=True):
+            torch.testing.assert_close(one, other, rtol=0.01, atol=1e-6)
+    else:
+        torch.testing.assert_close(y.double(), exact, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])

@@ -1,5 +1,6 @@
 """A run cannot be lost: whatever stops it, the same command gives the student of an uninterrupted run, to the bit."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -12,16 +13,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from distilling import distill, interrupt, log, poison, same, weights
 
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.logs import read_log
-from ibmd_cli.models import load_model
+from ibmd_cli.models import Student, load_model
+from ibmd_cli.optimisation import Player, Schedule
+from ibmd_cli.reporting import Reporter
+from ibmd_cli.runs import Run
 
 MEASURED = ("seconds", "images_per_second", "peak_memory_bytes")
 """What a clock or a meter says, and may differ from run to run."""
@@ -61,11 +66,12 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_continues_to_the_same_bit(
-    arguments: list[object], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[object], whole: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ):
     command = [*arguments, "--out", tmp_path / "cut"]
-    interrupt(monkeypatch, command, 3)
+    interrupt(monkeypatch, command, 3, number)
     assert (tmp_path / "cut" / "checkpoints" / "step-000003").is_dir()
     distill(*command)
     assert same(whole, tmp_path / "cut")
@@ -167,6 +173,35 @@ def test_disk_full_during_a_checkpoint(
     assert same(whole, tmp_path / "cut")
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a file system: not root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)  # at once, even if a traceback holds a file open
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.1])
+def test_full_disk(
+    arguments: list[object], whole: Path, small_disk: Path, share: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Space is left for a share of a checkpoint: the log, the checkpoint or the student does not fit."""
+    command = [*arguments, "--out", small_disk / "cut"]
+    interrupt(monkeypatch, command, 2)
+    left = int(share * (whole / "checkpoints" / "step-000004" / "state.pt").stat().st_size)
+    (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+    with pytest.raises((IbmdError, OSError)) as caught:
+        distill(*command)
+    assert isinstance(caught.value, IbmdError) or caught.value.errno == errno.ENOSPC
+    (small_disk / "other").unlink()
+    assert "damaged (" not in distill(*command).stderr
+    assert same(whole, small_disk / "cut")
+    assert log(whole, MEASURED) == log(small_disk / "cut", MEASURED)
+
+
 def test_finished_run_is_left_alone(arguments: list[object], whole: Path):
     before = (whole / "student" / "model.safetensors").stat().st_mtime_ns
     result = distill(*arguments, "--out", whole)
@@ -215,6 +250,16 @@ def test_skipped_steps_are_counted_and_resumed_exactly(
     assert lines == log(tmp_path / "cut", MEASURED)
     assert same(tmp_path / "whole", tmp_path / "cut")
     assert all(v.isfinite().all() for v in weights(tmp_path / "cut").values())
+
+
+def test_scaler_of_fp16_is_in_the_checkpoint(whole: Path, tmp_path: Path):
+    student = load_model(str(whole), "student")
+    assert isinstance(student, Student)
+    player = Player("student", student.predictor, Accelerator(cpu=True), Schedule(0.1), steps=4, seed=0)
+    saved, loaded = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (2.0**5, 2.0**16))
+    Run(tmp_path / "run", {"student": player}, student, 2, saved).save(1, 0.0)
+    assert Run(tmp_path / "run", {"student": player}, student, 2, loaded).restore("auto", Reporter(quiet=True))[0] == 1
+    assert loaded.get_scale() == 2.0**5
 
 
 def test_divergence_stops_and_names_the_way_on(
