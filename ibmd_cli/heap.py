@@ -23,7 +23,7 @@ def share_freed_memory() -> None:
     """Have what one thread frees used by the next, and 64 MB of it kept; blocks above 32 MB are given back at once.
 
     Else each thread keeps a heap of its own, as large as it ever was, and the pages of a network's tensors are given
-    back and cleared anew in each layer: a seventh of its time, where images are small.
+    back and cleared anew in each layer: a tenth of its time, where images are small.
     """
     _set(M_ARENA_MAX, 1)
     _set(M_MMAP_THRESHOLD, BLOCK)

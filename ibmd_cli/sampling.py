@@ -42,7 +42,7 @@ from ibmd_cli.translating import Engine, Piece, Translator
 STUDENT = "builtin:outline2emoji"
 READERS, WRITERS = 4, 16  # threads; those that write mostly wait for the disk, and the disk serves many at once
 BATCH = 8  # images, at most, that a thread takes at a time
-TURN = 50e-6  # seconds for which a thread may keep Python's lock from another; Python's own 5 ms cost the network 6 %
+TURN = 50e-6  # seconds a thread may keep Python's lock from another; with its own 5 ms, the network waits longer
 SLOW = 1.0  # seconds of the network for a picture, from which on it waits until that is written and reported
 Group = tuple[Source, list[Job]]
 T = TypeVar("T")
