@@ -85,9 +85,9 @@ def chart(label: str, x: Axis, y: Axis, drawn: Iterable[str]) -> str:
 
 
 def polyline(kind: str, x: Axis, y: Axis, points: Points) -> str:
-    """Draw a line through points, of the CSS classes `kind`."""
-    places = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
-    return f'<polyline class="{kind}" points="{places}"/>'
+    """Draw a line through points, or a dot at the only one, of the CSS classes `kind`."""
+    places = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in (points if len(points) > 1 else [*points, *points]))
+    return f'<polyline class="{kind}" points="{places}" stroke-linecap="round"/>'
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:
@@ -117,4 +117,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4g}".replace("-", "−")
+    """Write a number in the room that is left of a chart."""
+    text = f"{value:.4g}"
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    return text.replace("-", "−")

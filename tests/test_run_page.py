@@ -80,6 +80,14 @@ def test_what_is_missing_or_wrong_is_shown(tmp_path: Path):
     assert page.text.count("no values yet") == 2  # lag and diversity
 
 
+def test_what_is_small_or_alone_is_seen(tmp_path: Path):
+    page = written(tmp_path, [line(step, lr=2e-5 * step) for step in range(1, 13)], "finished")
+    assert ">1e−4<" in page.source
+    assert not re.search(r">0\.000\d+<", page.source)  # as wide as that, it was cut at the left
+    page = written(tmp_path, [line(1), line(2, diversity=0.1, teacher_diversity=0.2)], "finished")
+    assert re.search(r'class="a" points="(\S+) \1"', page.source)  # a point alone would not be drawn
+
+
 def test_many_wide_previews(tmp_path: Path):
     (tmp_path / "previews").mkdir()
     for step in range(0, 100, 5):
