@@ -596,9 +596,9 @@ def test_losses_go_through_the_backward_of_the_update():
         def step(number, compute):
             calls.append(0)
 
-            def backward(loss):
+            def backward(loss, **options):
                 calls[-1] += 1
-                loss.backward()
+                loss.backward(**options)
 
             return compute(stream(8, number), backward)
 
