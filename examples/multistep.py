@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", help="name of an embedded teacher")
     parser.add_argument("--student", action="append", default=[], help="reference (repeatable)")
-    parser.add_argument("--steps", type=int, default=150, help="updates of each student")
+    parser.add_argument("--steps", type=int, default=100, help="updates of each student")
     parser.add_argument("--teacher-nfe", type=int, nargs="*", default=[1, 2, 4, 20])
     parser.add_argument("--val", type=Path, help="measure on these pairs, not on the test split")
     parser.add_argument("--images", type=int, help="the first so many only")
