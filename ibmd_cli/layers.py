@@ -112,20 +112,25 @@ class _Activate(torch.autograd.Function):
         padding: int,
         resample: str,
     ) -> Tensor:
-        full = x.float()
-        mean, rstd = moments(full, groups, eps)
-        slope = a * rstd
-        y = F.silu(torch.addcmul(b - mean * slope, full, slope), inplace=True)
-        del full
+        B, C, H, W = x.shape
+        y, mean, rstd = torch.native_group_norm(x.float(), None, None, B, C, H * W, groups, eps)
+        y = F.silu(torch.addcmul(b, y, a, out=y), inplace=True)
         ctx.save_for_backward(x, a, b, weight, mean, rstd)
-        ctx.groups, ctx.padding, ctx.resample = groups, padding, resample
+        ctx.padding, ctx.resample = padding, resample
         return convolve(resampled(y, resample).to(x.dtype), weight, bias, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, weight, mean, rstd = ctx.saved_tensors
-        dtype, x, pixels = x.dtype, x.float(), x.shape[2] * x.shape[3]
+        dtype, x = x.dtype, x.float()
+        B, C, H, W = x.shape
+        groups = mean.shape[1]
+
+        def per_channel(v: Tensor) -> Tensor:
+            return v.repeat_interleave(C // groups, 1)[..., None, None]
+
+        mean, rstd = per_channel(mean), per_channel(rstd)
         slope = a * rstd
         p = torch.addcmul(b - mean * slope, x, slope)
         y = resampled(F.silu(p), ctx.resample)
@@ -142,31 +147,15 @@ class _Activate(torch.autograd.Function):
         g = torch.ops.aten.silu_backward(g.float(), p)
         g_b = g.sum((2, 3), keepdim=True)
         g_a = (torch.mul(g, x, out=p).sum((2, 3), keepdim=True) - mean * g_b) * rstd
-        of_x = -(rstd**2) * group_means(a * g_a, ctx.groups) / pixels
-        constant = -mean * of_x - rstd * group_means(a * g_b, ctx.groups) / pixels
+
+        def group_mean(v: Tensor) -> Tensor:
+            return per_channel(v.reshape(B, groups, -1).sum(2) / (C // groups * H * W))
+
+        of_x = -(rstd**2) * group_mean(a * g_a)
+        constant = -mean * of_x - rstd * group_mean(a * g_b)
         g_x = torch.addcmul(constant, x, of_x, out=p).addcmul_(g, slope)
         g_weight, g_bias = (None if v is None else v.to(weight.dtype) for v in (g_weight, g_bias))
         return g_x.to(dtype), g_a, g_b, g_weight, g_bias, None, None, None, None
-
-
-def moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Return μ and 1/σ of each image and group, repeated for the group's channels: (B, C, 1, 1).
-
-    On the CPU in two passes over x: PyTorch's own kernel for channels-last images makes one, which rounds 10 to 100
-    times as much, and for few channels to a group takes up to six times as long.
-    """
-    B, C, H, W = x.shape
-    if x.device.type == "cpu":
-        mean = group_means(x.mean((2, 3), keepdim=True), groups)
-        variance = group_means((x - mean).square_().mean((2, 3), keepdim=True), groups)
-        return mean, (variance + eps).rsqrt()
-    _, mean, rstd = torch.native_group_norm(x, None, None, B, C, H * W, groups, eps)
-    return tuple(v.repeat_interleave(C // groups, 1)[..., None, None] for v in (mean, rstd))  # type: ignore[return-value]
-
-
-def group_means(v: Tensor, groups: int) -> Tensor:
-    """Replace the value of each channel, (B, C, 1, 1), by the mean of its group."""
-    return v.unflatten(1, (groups, -1)).mean(2, keepdim=True).expand(-1, -1, v.shape[1] // groups, -1, -1).flatten(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
