@@ -142,7 +142,8 @@ def measure(way: Way, case: str, batch: int, bridge_steps: int, device: str, thr
     from straightforward import ibmd as plainly
 
     from ibmd_cli.distillation import Setup, Sources, ibmd
-    from ibmd_cli.memory import forget_peak, keep_freed_memory, peak_memory
+    from ibmd_cli.heap import keep_freed_memory
+    from ibmd_cli.memory import forget_peak, peak_memory
     from ibmd_cli.noise import Streams, randn
     from ibmd_cli.optimisation import Player, Schedule
 
