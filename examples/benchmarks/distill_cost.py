@@ -52,7 +52,7 @@ class Way:
         single_graph: the student's loss is one graph with gradients of all three networks.
         recompute: the student is run twice rather than keep its graph.
         loops: Adam and average go from tensor to tensor.
-        give_back: the C library gives freed memory back, rather than `memory.keep_freed_memory`.
+        give_back: the C library gives freed memory back, rather than `heap.keep_freed_memory`.
         micro_batches: parts of a batch.
         checkpointing: blocks of the networks are computed again.
         reuse: bridge-model updates that share images.
