@@ -91,10 +91,10 @@ def polyline(kind: str, x: Axis, y: Axis, points: Points) -> str:
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:
-    """Return the least and the greatest value, a little apart where they are the same."""
+    """Return the least and the greatest value, a little apart where they are the same, but for rounding."""
     values = list(values)
     low, high = min(values), max(values)
-    margin = 0.0 if high > low else abs(high) / 10 or 1.0
+    margin = 0.0 if high - low > 1e-9 * max(abs(low), abs(high)) else abs(high) / 10 or 1.0
     return low - margin, high + margin
 
 

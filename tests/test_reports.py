@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from html_page import Page
 from PIL import Image
 
 from ibmd_cli import albums, figures
-from ibmd_cli.markup import Axis, across, asset, log_ticks, ticks, upwards
+from ibmd_cli.markup import Axis, across, asset, log_ticks, spread, ticks, upwards
 from ibmd_cli.reports import write_report
 
 SHOWN = 5
@@ -182,6 +183,16 @@ def test_marks_lie_where_the_values_are(page: Page, results: dict):
 
 def test_floor_is_a_band(page: Page):
     assert len(re.findall(r'<rect class="band" x=', page.source)) == 2  # of KID, over NFE and over time
+
+
+def test_values_that_differ_by_rounding_alone_get_an_axis():
+    """Means of a constant learning rate, as in run.html after 260 steps: 1e-4 and its two neighbours."""
+    values = [1e-4, math.nextafter(1e-4, 0), math.nextafter(1e-4, 1)]
+    low, high = spread(values)
+    assert low < min(values) < max(values) < high
+    axis = upwards(values)
+    assert axis.low < axis.high
+    assert len({round(axis(value), 3) for value in values}) == 1
 
 
 @pytest.mark.parametrize(

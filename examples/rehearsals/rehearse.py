@@ -111,7 +111,7 @@ ROWS = {
         Row("i2sb-sr4x-bicubic", 1, 100),
         Row("ddbm-diode", 2, 150, lr=1e-4),
         Row("ddbm-edges2handbags", 1, 150, lr=1e-4),
-        Row("ddbm-diode", 1, 600, lr=1e-4),
+        Row("ddbm-diode", 1, 450, lr=1e-4),
         Row("i2sb-jpeg-10", 1, 100),
         Row("i2sb-sr4x-pool", 1, 100),
     )
