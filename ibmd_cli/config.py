@@ -144,7 +144,7 @@ class DistillConfig:
         if not 0 <= self.ema < 1:
             raise UsageError(f"--ema: {self.ema} must be at least 0 and less than 1")
         for wrong, other in (
-            (self.compile, "--compile"),
+            (self.compile, "--compile; leave one of them out"),
             (self.precision == "fp16", "--precision fp16; use bf16"),
             (self.micro_batch == AUTO, "--micro-batch auto; give a number"),
         ):

@@ -68,4 +68,4 @@ def lay(x: Tensor, like: Tensor) -> Tensor:
     """Return a whole tensor split and laid out in memory as another of its shape."""
     if isinstance(like, DTensor):
         return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
-    return torch.empty_like(like).copy_(x)
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
