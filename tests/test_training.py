@@ -131,6 +131,15 @@ def test_dry_run_prints_every_value_with_its_origin(arguments: list[object], tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_plan_of_split_networks_takes_a_share_of_what_is_fixed(arguments: list[object], tmp_path: Path):
+    command = [*arguments, "--out", tmp_path / "run", "--micro-batch", "1", "--dry-run", "--json"]
+    options = ([], ["--fsdp", "--processes", "2"], ["--fsdp", "--processes", "4"])
+    plans = [json.loads(distill(*command, *more).stdout)["plan"] for more in options]
+    alone, half, quarter = (plan["memory of each process without activations, bytes"] for plan in plans)
+    assert half == alone // 2
+    assert quarter == alone // 4
+
+
 def test_list_teachers():
     report = json.loads(distill("--list-teachers", "--json").stdout)
     licences = {row["teacher"]: row["licence"] for row in report["teachers"]}
