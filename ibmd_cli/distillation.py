@@ -141,7 +141,7 @@ def ibmd(
         backward(loss)
         return loss.detach()
 
-    def theta(rng: Streams, backward: Callable[..., None] = Tensor.backward) -> Tensor:
+    def theta(rng: Streams, backward: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
         batch = sources(rng)
         return student_step(teacher, bridge_model, student, setup, batch, rng, backward, recompute)
 
@@ -198,7 +198,7 @@ def student_step(
     setup: Setup,
     batch: Sources,
     rng: Streams,
-    backward: Callable[..., None] = Tensor.backward,
+    backward: Callable[[Tensor], None] = Tensor.backward,
     recompute: bool = True,
 ) -> Tensor:
     """Add the gradient of `student_loss` to the student's parameters; return the loss, without a graph.
@@ -206,8 +206,7 @@ def student_step(
     The loss depends on θ through x_0 alone. So the two terms are differentiated one after the other down to a leaf
     copy of x_0, with φ frozen: one critic's graph is alive at a time, and no weight gradient of a critic is formed.
     Then ∂L/∂x_0 goes through the student, which is run again for it if `recompute` is set: it must be in eval mode, or
-    have no dropout, and the teacher's parameters must not require gradients. `backward` is called as
-    `Tensor.backward` is, with the leaf as `inputs`: networks split over processes (`fsdp`) stay trainable when frozen.
+    have no dropout, and the teacher's parameters must not require gradients.
     """
     replay = copy.deepcopy(rng)
     with torch.set_grad_enabled(not recompute):
@@ -218,7 +217,7 @@ def student_step(
     with frozen(bridge_model):
         for sign, predictor in ((+1, teacher), (-1, bridge_model)):
             term = sign * weighted_error(predictor, setup, leaf, batch, t, eps)
-            backward(term, inputs=[leaf])
+            backward(term)
             loss = loss + term.detach()
     if recompute:
         x_0 = rollout(student, setup, batch, replay)

@@ -107,7 +107,7 @@ class Player:
         self.skipped = self.in_a_row = 0
         # Before `prepare`, which changes the network's forward for mixed precision: the average stays in float32.
         self.average = AveragedModel(model) if ema is not None else None
-        self.shape = copy.deepcopy(model).to("meta") if split else None
+        self.shape = copy.deepcopy(model).to("meta") if split else None  # without weights, which `averaged` fills in
         if split:
             for network in (model, *([self.average.module] if self.average is not None else [])):
                 fsdp.split(network)  # type: ignore[arg-type]
@@ -197,8 +197,8 @@ class Player:
         if self.average is not None:
             _load(self.average, state["average"])
 
-    def _backward(self, loss: Tensor, **options: Any) -> None:
-        self.accelerator.backward(loss / self.micro_batches, **options)
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss / self.micro_batches)
 
     def _skip(self, step: int, loss: float, norm: float) -> None:
         """Count a step that is not made, and let the scaler of fp16 lower its scale."""

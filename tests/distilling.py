@@ -47,7 +47,7 @@ def poison(monkeypatch: Any, wanted: Callable[[str, int], bool]) -> None:
 
     def update(self: Player, step: int, compute: Callable[..., float]) -> float:
         factor = torch.nan if wanted(self.name, step) else 1.0
-        return real(self, step, lambda rng, back: compute(rng, lambda loss, **of: back(factor * loss, **of)))
+        return real(self, step, lambda rng, backward: compute(rng, lambda loss: backward(factor * loss)))
 
     monkeypatch.setattr(Player, "update", update)
 

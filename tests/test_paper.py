@@ -349,9 +349,9 @@ def test_student_step_uses_the_given_backward_and_adds_to_gradients():
     _, gradient = single_graph(setup, batch, [0])
     terms = []
 
-    def half(loss, **options):
+    def half(loss):
         terms.append(loss.item())
-        (loss / 2).backward(**options)
+        (loss / 2).backward()
 
     loss = student_step(teacher, phi, student, setup, batch, stream(5, 0), half)
     assert len(terms) == 2
@@ -596,9 +596,9 @@ def test_losses_go_through_the_backward_of_the_update():
         def step(number, compute):
             calls.append(0)
 
-            def backward(loss, **options):
+            def backward(loss):
                 calls[-1] += 1
-                loss.backward(**options)
+                loss.backward()
 
             return compute(stream(8, number), backward)
 
