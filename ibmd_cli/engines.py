@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 
 from ibmd_cli.degradations import fill_hole
-from ibmd_cli.devices import resolve_device
+from ibmd_cli.devices import resolve_device, single_threaded
 from ibmd_cli.distillation import Sources
 from ibmd_cli.models import Student, Teacher, load_model
 from ibmd_cli.noise import stream
@@ -79,6 +80,10 @@ class TorchEngine:
         if self.place.type == "cuda":  # here, the error holds no tensors any more
             torch.cuda.empty_cache()
         raise MemoryError(words)
+
+    def spread(self) -> AbstractContextManager[int]:
+        """Give each batch one thread of the CPU, see `translating.Engine`."""
+        return single_threaded()
 
 
 def load_engine(

@@ -7,6 +7,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,10 @@ class ExportedStudent(ABC):
     @abstractmethod
     def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         """Compute x_0 from the tensors that the file takes, see `programs`; noise that it drew itself comes after."""
+
+    @abstractmethod
+    def spread(self) -> AbstractContextManager[int]:
+        """Give each batch one thread of the CPU, see `translating.Engine`."""
 
 
 def check(text: str, file: Path) -> dict[str, Any]:

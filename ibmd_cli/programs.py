@@ -19,6 +19,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils.parametrize import register_parametrization
 
+from ibmd_cli.devices import single_threaded
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.exported import INPUTS, METADATA, Draw, ExportedStudent, check
 from ibmd_cli.models import DTYPES, Student
@@ -188,6 +190,10 @@ class ProgramStudent(ExportedStudent):
         """Compute x_0, and what comes after it."""
         outputs = self.module(**{name: torch.from_numpy(v) for name, v in inputs.items()})
         return [v.numpy() for v in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+    def spread(self) -> AbstractContextManager[int]:
+        """Give each batch one thread of the CPU, see `translating.Engine`."""
+        return single_threaded()
 
 
 def torch_draw(seed: int, *place: int | str) -> Draw:

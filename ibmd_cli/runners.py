@@ -4,7 +4,10 @@ For an ONNX file, ONNX Runtime and NumPy do: PyTorch is not imported, and it sta
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,19 +73,9 @@ class OnnxStudent(ExportedStudent):
     """
 
     def __init__(self, file: Path, threads: int | None = None) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise NotAvailable(f"{file}: needs ONNX Runtime: pip install 'ibmd-cli[onnx]'") from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.disable_quant_qdq", "1")  # widens int8 weights now, not in each run
+        self.threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
         check_seal(file)
-        try:
-            self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has a class of its own for each cause, and no common one
-            raise IbmdError(f"{file}: ONNX Runtime cannot read it ({str(error).splitlines()[0]})") from error
+        self.session = _session(file, self.threads)
         metadata = self.session.get_modelmeta().custom_metadata_map
         super().__init__(check(metadata.get(METADATA, ""), file), file, [i.name for i in self.session.get_inputs()])
 
@@ -93,3 +86,28 @@ class OnnxStudent(ExportedStudent):
     def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         """Compute x_0, and what comes after it."""
         return self.session.run(None, inputs)
+
+    @contextmanager
+    def spread(self) -> Iterator[int]:
+        """Give each batch one thread of the CPU, see `translating.Engine`."""
+        session, self.session = self.session, _session(self.file, threads=1)
+        try:
+            yield self.threads or os.cpu_count() or 1
+        finally:
+            self.session = session
+
+
+def _session(file: Path, threads: int) -> Any:
+    """Open an ONNX file for so many threads; 0: one for each core."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise NotAvailable(f"{file}: needs ONNX Runtime: pip install 'ibmd-cli[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # widens int8 weights now, not in each run
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has a class of its own for each cause, and no common one
+        raise IbmdError(f"{file}: ONNX Runtime cannot read it ({str(error).splitlines()[0]})") from error

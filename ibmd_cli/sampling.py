@@ -144,6 +144,7 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: "_
     with own_limits(), Claims(reporter.warn) as claims, ExitStack() as meters:
         meters.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(TURN)
+        meters.enter_context(translator.spread(len(jobs)))
         if len(jobs) > 1:
             results.meter = meters.enter_context(reporter.progress("sample", len(jobs), "images"))
 

@@ -7,7 +7,10 @@ an image (`fit="tile"`) all start from the same stream, so that a student whose 
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -58,6 +61,9 @@ class Engine(Protocol):
             MemoryError: there is not enough for such a batch.
         """
 
+    def spread(self) -> AbstractContextManager[int]:
+        """Give each batch one thread of the CPU, within the block; returns how many batches then fill the CPU."""
+
 
 @dataclass
 class Piece:
@@ -90,6 +96,10 @@ class Piece:
     task: Any = None
     seconds: float = 0.0
     x_0: np.ndarray | None = None
+
+
+Group = list[tuple[Piece, int]]
+"""Tiles that go through the network together: pieces, and the numbers of their tiles."""
 
 
 class Translator:
@@ -133,6 +143,7 @@ class Translator:
         self.fill = (engine.config.get("mask") or {}).get("fill")
         self.fixed = engine.device == "cpu"
         self.size = max(1, CPU_BATCH_PIXELS // self.side**2) if self.fixed else batch_size
+        self.workers = 1  # batches in the network at once, see `spread`
         self.advance: Callable[[int], None] = lambda tiles: None  # told of tiles that are done
 
     def prepare(self, picture: Picture, name: str, mask: Image.Image | None = None, label: int | None = None) -> Piece:
@@ -190,13 +201,23 @@ class Translator:
             raise IbmdError(f"{name}: shape {list(x.shape)}: {self.engine.name} expects [3, {side}, {side}]{more}")
         return Piece(name, x, Tiles(height, width, side, self.scale), hole=hole, label=label)
 
+    @contextmanager
+    def spread(self, images: int) -> Iterator[None]:
+        """Translate several batches at once within the block, where that is quicker for so many images.
+
+        That is on a CPU, for images so small that all threads at one batch spend much of their time on waiting for each
+        other. The pixels stay the same.
+        """
+        if self.fixed and self.size > 1 and images > self.size:
+            with self.engine.spread() as self.workers:
+                yield
+            self.workers = 1
+        else:
+            yield
+
     def run(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """Translate pieces, in batches across them, and yield each when it is complete, in order."""
-        tiles = ((piece, i) for piece in pieces for i in range(len(piece.tiles)))
-        while group := list(islice(tiles, self.size)):
-            began = time.monotonic()
-            x_0 = self._network(group)
-            seconds = (time.monotonic() - began) / len(group)
+        for group, x_0, seconds in self._translated(pieces):
             self.advance(len(group))
             for (piece, i), tile in zip(group, x_0, strict=True):
                 if len(piece.tiles) == 1:
@@ -204,9 +225,30 @@ class Translator:
                 else:
                     piece.x_0 = piece.tiles.blank(3) if piece.x_0 is None else piece.x_0
                     piece.tiles.add(piece.x_0, i, tile)
-                piece.seconds += seconds
+                piece.seconds += seconds / len(group)
                 if i == len(piece.tiles) - 1:
                     yield piece
+
+    def _translated(self, pieces: Iterable[Piece]) -> "Iterator[tuple[Group, np.ndarray, float]]":
+        """Yield batches of tiles with their translations and the seconds that took, in order."""
+        tiles = ((piece, i) for piece in pieces for i in range(len(piece.tiles)))
+        groups = iter(lambda: list(islice(tiles, self.size)), [])
+        if self.workers == 1:
+            for group in groups:
+                yield group, *self._network(group)
+            return
+        waiting: deque[tuple[Group, Future[tuple[np.ndarray, float]]]] = deque()
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for group in groups:
+                    waiting.append((group, pool.submit(self._network, group)))
+                    if len(waiting) > self.workers:
+                        group, done = waiting.popleft()
+                        yield group, *done.result()
+                for group, done in waiting:
+                    yield group, *done.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def result_size(self, geometry: Geometry) -> tuple[int, int]:
         """Return (width, height) of the picture that `finish` gives."""
@@ -230,27 +272,31 @@ class Translator:
             image.putalpha(piece.alpha.resize(image.size))
         return image
 
-    def _network(self, group: Sequence[tuple[Piece, int]]) -> np.ndarray:
-        """Translate tiles, half as many at a time from when memory did not suffice; (len(group), 3, side, side).
+    def _network(self, group: Group) -> tuple[np.ndarray, float]:
+        """Translate tiles; returns (len(group), 3, side, side), and the seconds that it took.
 
-        From then on the last bits may differ from those of a run that had the memory.
+        When memory does not suffice, from then on half as many at a time: the last bits may differ from those of a run
+        that had the memory.
         """
+        began = time.monotonic()
         while True:
+            size = self.size  # another thread may change it
             try:
-                return np.concatenate([self._batch(group[i : i + self.size]) for i in range(0, len(group), self.size)])
+                parts = [self._batch(group[i : i + size], size) for i in range(0, len(group), size)]
+                return np.concatenate(parts), time.monotonic() - began
             except MemoryError:
-                if self.size == 1:
+                if size == 1:
                     raise
-            self.size //= 2
+            self.size = size // 2
             images = f"image{'s' * (self.size > 1)}"
             self.warn(f"out of memory: from here on {self.size} {images} at a time (last bits may differ)")
 
-    def _batch(self, group: Sequence[tuple[Piece, int]]) -> np.ndarray:
+    def _batch(self, group: Group, size: int) -> np.ndarray:
         """Run the network on tiles. On a CPU always on `size` of them, the last one repeated if there are fewer.
 
         The kernels that PyTorch chooses depend on the size of the batch, and their last bits differ.
         """
-        rows = [*group, *[group[-1]] * (self.size - len(group) if self.fixed else 0)]
+        rows = [*group, *[group[-1]] * (size - len(group) if self.fixed else 0)]
         x_T = _enlarge(scaled(np.stack([piece.tiles.cut(piece.x, i) for piece, i in rows])), self.scale)
         if self.degrade is not None:
             x_T = np.concatenate([self.degrade(x[None]) for x in x_T])  # one by one: the batch must not matter

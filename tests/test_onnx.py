@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 import ibmd_cli.onnx_graphs
 from ibmd_cli.cli import app
 from ibmd_cli.degradations import fill_hole
+from ibmd_cli.devices import single_threaded
 from ibmd_cli.distillation import Sources
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.exported import ExportedStudent
@@ -204,7 +206,7 @@ def test_unrolled_student_translates(tiny_config: dict, name: str):
     module = Unrolled(student)
 
     class Eager(ExportedStudent):
-        stream = staticmethod(torch_draw)
+        stream, spread = staticmethod(torch_draw), staticmethod(single_threaded)
 
         def run(self, inputs):
             with torch.no_grad():
@@ -284,6 +286,28 @@ def test_same_pictures_as_ibmd_sample(tmp_path: Path, embedded):
     levels = [np.rint((v + 1) * 127.5) for v in (want, got)]
     assert np.abs(got - want).max() < 1e-4
     assert np.mean(levels[0] != levels[1]) < 1e-4  # those that lay on the edge between two levels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_threads_change_no_bit(tmp_path: Path, embedded, suffix: str):
+    """So that several batches may be translated at once, a thread for each."""
+    student, graph = embedded
+    file = tmp_path / f"student{suffix}"
+    save_graph(graph, file) if suffix == ".onnx" else export_program(student, file)
+    torch.set_num_threads(2)
+    exported = open_exported(file, threads=2)
+    x_T = (embedded_pairs().x_T[:8].float() / 127.5 - 1).numpy()
+
+    def translate(_=None) -> np.ndarray:
+        return exported.translate(x_T, [exported.stream(3, i) for i in range(len(x_T))])
+
+    want = translate()
+    with exported.spread() as threads, ThreadPoolExecutor(2) as pool:
+        assert threads == 2
+        for got in pool.map(translate, range(4)):
+            assert np.array_equal(got, want)
+    assert np.array_equal(translate(), want)
 
 
 @pytest.mark.slow

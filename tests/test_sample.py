@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -301,6 +302,32 @@ def test_company_changes_no_bit(drawings):
         assert np.array_equal(run(pieces[i : i + 1])[0], together[i])
     for one, other in zip(run(pieces[5:1:-1]), together[5:1:-1], strict=True):
         assert np.array_equal(one, other)
+
+
+def test_batches_at_once_change_no_bit(drawings):
+    """One thread for each of two batches, or two for one; and two networks are in fact at work together."""
+    model = load_model("builtin:outline2emoji", "student")
+    translator = Translator(engines.TorchEngine(model))
+    pieces = [translator.prepare(read_picture(file), file.name) for file in sorted(drawings.iterdir())] * 3
+    both, calls = threading.Barrier(2, timeout=60), []
+
+    def meet(*_) -> None:
+        calls.append(_)
+        if len(calls) <= 2:
+            both.wait()
+
+    torch.set_num_threads(2)
+    apart = [piece.x_0 for piece in translator.run(map(replace, pieces))]
+    with translator.spread(len(pieces)):
+        assert (translator.workers, torch.get_num_threads()) == (2, 1)
+        model.predictor.register_forward_pre_hook(meet)
+        together = [piece.x_0 for piece in translator.run(map(replace, pieces))]
+    assert (translator.workers, torch.get_num_threads()) == (1, 2)
+    assert len(calls) > 2
+    for one, other in zip(apart, together, strict=True):
+        assert np.array_equal(one, other)
+    with translator.spread(translator.size):
+        assert translator.workers == 1  # all threads for a single batch
 
 
 def test_variants(sample, drawings, student):

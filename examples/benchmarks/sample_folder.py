@@ -68,7 +68,7 @@ def main() -> None:
                     engine = load_engine(args.student, None, device="cpu")
             translator = Translator(engine)
             pieces = [translator.prepare(read_picture(file), file.name) for file in sorted(folder.iterdir())]
-            with measured("network"):
+            with measured("network"), translator.spread(args.count):
                 for _ in translator.run(pieces):
                     pass
             output = str(Path(place, f"out{number}"))
