@@ -30,13 +30,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     # torch.compile and torch.export cannot trace mkldnn_convolution.
     if plain and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
+        if weight.nbytes < SCRATCH_BYTES:
+            return torch.mkldnn_convolution(x, weight, bias, (padding, padding), (1, 1), (1, 1), 1)
         weights = weight.chunk(1 + weight.nbytes // SCRATCH_BYTES)
         biases = [None] * len(weights) if bias is None else bias.chunk(len(weights))
-        made = [
-            torch.mkldnn_convolution(x, w, b, (padding, padding), (1, 1), (1, 1), 1)
-            for w, b in zip(weights, biases, strict=True)
-        ]
-        return made[0] if len(made) == 1 else torch.cat(made, dim=1)
+        return torch.cat([convolve(x, w, b, padding) for w, b in zip(weights, biases, strict=True)], dim=1)
     return F.conv2d(x, weight, bias, padding=padding)
 
 
@@ -84,7 +82,7 @@ def activate(
     if torch.compiler.is_compiling():  # a compiler chooses itself what to keep
         y = norm(x) if scale is None or shift is None else torch.addcmul(shift, norm(x), 1 + scale)
         return conv(resampled(F.silu(y), resample))
-    a, b = (v.float()[None, :, None, None].expand(len(x), -1, -1, -1) for v in (norm.weight, norm.bias))
+    a, b = (v.float().view(1, -1, 1, 1).expand(len(x), -1, 1, 1) for v in (norm.weight, norm.bias))
     if scale is not None and shift is not None:
         a, b = a * (1 + scale), torch.addcmul(shift.float(), b, 1 + scale.float())
     padding = conv.kernel_size[0] // 2
