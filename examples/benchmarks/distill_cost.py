@@ -92,6 +92,7 @@ WAYS = {
     "all, images used twice": replace(ALL, reuse=2),
     "all, images used L times": replace(ALL, reuse=1000),
     "all, bf16": replace(ALL, precision="bf16"),
+    "all, bf16, images used L t.": replace(ALL, precision="bf16", reuse=1000),
 }
 
 
@@ -262,7 +263,7 @@ def main() -> None:
         print(json.dumps(measure(way, args.case, batch, args.bridge_steps, args.device, args.threads)))
         return
     print(f"{args.case}, batch {batch}, L = {args.bridge_steps}, {args.device}, {args.threads} thread(s)")
-    print(f"{'row':26} {'memory':>9} {'ratio':>6} {'wall':>8} {'ratio':>6} {'processor':>9} {'ratio':>6}", end=" ")
+    print(f"{'row':27} {'memory':>9} {'ratio':>6} {'wall':>8} {'ratio':>6} {'processor':>9} {'ratio':>6}", end=" ")
     print(f"{'faults':>9} {'gradient':>9}", flush=True)
     results: dict[str, list[dict[str, Any]]] = {row: [] for row in ("plain", *args.rows)}
     for number in range(args.rounds):
@@ -277,7 +278,7 @@ def main() -> None:
 def line(row: str, rounds: list[dict[str, Any]], plain: list[dict[str, Any]]) -> str:
     """Write a row of the table."""
     needed, reference = (statistics.median(r["memory"] for r in each) for each in (rounds, plain))
-    text = f"{row:26} {needed / 2**20:5.0f} MiB {needed / reference:6.2f} "
+    text = f"{row:27} {needed / 2**20:5.0f} MiB {needed / reference:6.2f} "
     for clock, width in (("wall", 8), ("processor", 9)):
         fastest, reference = (min(r[clock] for r in each) for each in (rounds, plain))
         text += f"{fastest:{width}.2f} {fastest / reference:6.2f} "
