@@ -1,24 +1,20 @@
 """Read inputs for `ibmd sample`, each with its mask and its class, ready for the model."""
 
 import io
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from types import TracebackType
 
 from PIL import Image
 
-from ibmd_cli.decoding import Picture, decode, own_limits, read_picture, shown
+from ibmd_cli.decoding import Picture, decode, read_picture, shown
 from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.files import why
 from ibmd_cli.jobs import Job, SampleConfig, Source
 from ibmd_cli.labels import label_of, read_labels
+from ibmd_cli.sharing import Claims
 from ibmd_cli.sheets import thumbnail
 from ibmd_cli.translating import Piece, Translator
 
@@ -66,25 +62,34 @@ class Inputs:
             ("--mask FILE, --mask FOLDER or --mask center,", self.mask, translator.fill),
         ):
             if needed and given is None:
-                raise UsageError(f"{translator.name}: takes {option} beside the image")
+                raise UsageError(f"{translator.engine.name}: takes {option} beside the image")
             if given is not None and not needed:
-                raise UsageError(f"{translator.name}: takes no {option.split()[0]}; leave it out")
+                raise UsageError(f"{translator.engine.name}: takes no {option.split()[0]}; leave it out")
         if self.mask not in (None, "center") and not os.path.exists(str(self.mask)):
             raise UsageError(f"--mask {shown(str(self.mask))}: no such file or folder")
 
-    def read(self, read: Read) -> None:
-        """Read an input, unless it has an error or no jobs."""
+    def read(self, group: tuple[Source, list[Job]], claims: Claims) -> Read:
+        """Read one input for its jobs, without those that another process is doing or has done."""
         began = time.monotonic()
-        if read.jobs and read.error is None:
-            try:
-                picture = self._picture(read.source.path)
+        source, jobs = group
+        read = Read(source, jobs)
+        try:
+            if self.config.on_exists == "skip":
+                read.jobs = [job for job in jobs if job.output is None or _claim(claims, job.output)]
+                read.skipped = [job for job in jobs if job not in read.jobs]
+            if read.jobs:
+                picture = self._picture(source.path)
                 read.several, read.dpi, read.credits = picture.several, picture.dpi, picture.credits
                 read.thumbnail = thumbnail(picture.rgb) if self.config.grid else None
-                mask, label = self._mask(read.source, picture), self._label(read.source)
-                read.piece = self.translator.prepare(picture, PurePath(read.source.name).name, mask, label)
-            except IbmdError as error:
-                read.error = error
+                mask, label = self._mask(source, picture), self._label(source)
+                read.piece = self.translator.prepare(picture, PurePath(source.name).name, mask, label)
+        except IbmdError as error:
+            read.error = error
+            for job in read.jobs:
+                if job.output is not None:
+                    claims.give_back(job.output)
         read.seconds = time.monotonic() - began
+        return read
 
     def _picture(self, path: Path | None) -> Picture:
         limit, alpha = self.config.max_pixels, self.config.alpha
@@ -121,67 +126,11 @@ class Inputs:
         return grey.point(lambda value: 255 * (value > 127), "1")
 
 
-class Reader:
-    """Reads inputs in a process of its own, so that the network need not wait for Python's lock.
-
-    It starts at once, beside the loading of the model; `take` tells it how to read.
-    """
-
-    def __init__(self) -> None:
-        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
-        self.pool.submit(int)
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def take(self, inputs: Inputs) -> None:
-        """Have inputs read by these settings."""
-        self.pool.submit(_take, inputs)
-
-    def read(self, reads: list[Read]) -> list[Read]:
-        """Read inputs, see `Inputs.read`.
-
-        Raises:
-            IbmdError: the process has ended.
-        """
-        try:
-            return self.pool.submit(_read, reads).result()
-        except BrokenProcessPool as error:
-            raise IbmdError("the process that reads images was ended: run again with --on-exists skip") from error
-
-
-# What follows runs in that process.
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent answers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    own_limits().__enter__()
-
-
-def _end_with_parent() -> None:
-    """Wait for the end of the parent: after a SIGKILL, nothing else tells."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _take(inputs: Inputs) -> None:
-    global _inputs
-    _inputs = inputs
-
-
-def _read(reads: list[Read]) -> list[Read]:
-    for read in reads:
-        _inputs.read(read)
-    return reads
-
-
-_inputs: Inputs
+def _claim(claims: Claims, output: Path) -> bool:
+    try:
+        return claims.take(output)
+    except OSError as error:
+        raise IbmdError(f"{shown(output)}: cannot be written {why(error)}") from error
 
 
 def _labels(label: str | None) -> int | dict[str, int] | None:

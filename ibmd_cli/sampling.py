@@ -3,7 +3,7 @@
 Threads read ahead of the network and write behind it, never more than a few batches, so memory does not grow with the
 number of files. All share Python's lock with the network, which wants it for each of hundreds of operations. So where
 images are small, a thread takes a batch at a time, few decode or encode at once, and the lock is given up soon when
-another wants it; many may wait for the disk. And where they are many, too, another process reads them.
+another wants it; many may wait for the disk.
 Pictures are reported in the order of their inputs, as soon as they are written; what cannot be read, or is done by
 another run, as soon as its turn has come to enter the network.
 """
@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import FULL, why, write_file
 from ibmd_cli.heap import share_freed_memory
 from ibmd_cli.jobs import Job, SampleConfig, Source, make_plan
-from ibmd_cli.reading import Inputs, Read, Reader
+from ibmd_cli.reading import Inputs, Read
 from ibmd_cli.reporting import Meter, Reporter
 from ibmd_cli.runners import is_exported, load_exported
 from ibmd_cli.sharing import Claims, Gather, company, place
@@ -43,7 +43,6 @@ STUDENT = "builtin:outline2emoji"
 READERS, WRITERS = 4, 16  # threads; those that write mostly wait for the disk, and the disk serves many at once
 BATCH = 8  # images, at most, that a thread takes at a time
 TURN = 50e-6  # seconds a thread may keep Python's lock from another; with its own 5 ms, the network waits longer
-MANY, SMALL = 64, 1 << 20  # inputs, and bytes of each, see `_aside`
 SLOW = 1.0  # seconds of the network for a picture, from which on it waits until that is written and reported
 Group = tuple[Source, list[Job]]
 T = TypeVar("T")
@@ -75,10 +74,9 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
                 results.fail(problem.text, problem.jobs, problem.error)
             for job in plan.skipped:
                 results.skip(job)
-            with Reader() if _aside(plan.jobs, config) else nullcontext() as reader:
-                inputs = _together(process, gather, lambda: _prepare(config, reporter) if plan.jobs else None)
-                if inputs is not None:
-                    _work(plan.jobs, inputs, reader, config, results)
+            inputs = _together(process, gather, lambda: _prepare(config, reporter) if plan.jobs else None)
+            if inputs is not None:
+                _work(plan.jobs, inputs, config, results)
         except KeyboardInterrupt:
             reporter.warn(f"interrupted: {results.summary()}; the same command with --on-exists skip does the rest")
             raise
@@ -131,28 +129,7 @@ def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
     return Inputs(config, translator)
 
 
-def _aside(jobs: Sequence[Job], config: SampleConfig) -> bool:
-    """Tell whether a process of its own is to read: for many small files, if the network is on the CPU.
-
-    To decode large ones, several threads can do at once, and they need Python's lock little.
-    """
-    sources = list(dict.fromkeys(job.source for job in jobs))
-    if len(sources) < MANY or config.device not in ("auto", "cpu") or config.fit == "tile" or config.restore_size:
-        return False
-    some = [source.path for source in sources[:: len(sources) // MANY]]
-    return all(path is not None and _bytes(path) <= SMALL for path in some)
-
-
-def _bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0  # whoever reads it will tell
-
-
-def _work(
-    jobs: Sequence[Job], inputs: Inputs, reader: Reader | None, config: SampleConfig, results: "_Results"
-) -> None:
+def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: "_Results") -> None:
     translator, reporter = inputs.translator, results.reporter
     sheet = Sheet(config.grid) if config.grid and not _keep(config.grid, config, results) else None
     whole = config.fit == "tile" or (config.restore_size and (config.alpha == "keep" or inputs.mask is not None))
@@ -160,7 +137,8 @@ def _work(
     batch = 1 if whole else min(BATCH, translator.size)
     ahead, behind = (1, 1) if whole else (max(4, (translator.size + WRITERS) // batch), WRITERS)  # batches
     cores = os.cpu_count() or 1
-    coders = Semaphore(max(1, min(READERS, cores if whole else cores - 1)))
+    most = max(1, min(READERS, cores if whole else cores - 1))
+    coders = Semaphore(most)
     made_by = f"ibmd {__version__} {shown(_name(config))} nfe={translator.engine.nfe} seed={config.seed}"
     groups = [(source, list(jobs)) for source, jobs in groupby(jobs, key=lambda job: job.source)]
     waiting: deque[_Writing] = deque()
@@ -179,29 +157,18 @@ def _work(
                 yield piece
 
         def read_all(some: Sequence[Group]) -> list[Read]:
-            reads = [_claimed(Read(*group), claims, config) for group in some]
-            if reader is not None and translator.fixed:
-                reads = reader.read(reads)
-            else:
-                with coders:
-                    for one in reads:
-                        inputs.read(one)
-            for output in [job.output for one in reads if one.error for job in one.jobs]:
-                if output is not None:
-                    claims.give_back(output)
-            return reads
+            with coders:
+                return [inputs.read(group, claims) for group in some]
 
-        if reader is not None:
-            reader.take(inputs)
         outputs = _Outputs(config, translator, claims, sheet, made_by, coders)
-        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
+        with ThreadPoolExecutor(most) as readers, ThreadPoolExecutor(WRITERS) as writers:
             try:
                 read = _read_ahead(readers, read_all, _batches(groups, batch), ahead)
                 for done in _batches(translator.run(pieces()), batch):
-                    most = 0 if done[-1].seconds > SLOW else behind
+                    unwritten = 0 if done[-1].seconds > SLOW else behind
                     outcomes: deque[_Outcome] = deque()
                     waiting.append(_Writing(writers.submit(outputs.write, done, outcomes), outcomes))
-                    _report(waiting, results, most)
+                    _report(waiting, results, unwritten)
                 _report(waiting, results, most=0)
             except (KeyboardInterrupt, _Stop):
                 readers.shutdown(wait=False, cancel_futures=True)
@@ -219,18 +186,6 @@ def _work(
                 _put(sheet.encode(), Path(sheet.name), config)
             except IbmdError as error:
                 results.fail(sheet.name, [], error)
-
-
-def _claimed(read: Read, claims: Claims, config: SampleConfig) -> Read:
-    """Leave out the pictures that another run is making or has made meanwhile."""
-    if config.on_exists == "skip":
-        try:
-            jobs = read.jobs
-            read.jobs = [job for job in jobs if job.output is None or claims.take(job.output)]
-            read.skipped = [job for job in jobs if job not in read.jobs]
-        except OSError as error:
-            read.error = IbmdError(f"{shown(str(read.jobs[0].output))}: cannot be written {why(error)}")
-    return read
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -137,7 +137,7 @@ class Translator:
             raise UsageError(f"fit {fit!r}: expected {', '.join(FITS)}")
         self.engine, self.seed, self.fit, self.restore_size, self.warn = engine, seed, fit, restore_size, warn
         self.degrade = None if degradation is None else _degradation(degradation)
-        self.name, self.side = engine.name, engine.image_size
+        self.side = engine.image_size
         self.scale = 1 if degradation else engine.source_scale
         self.classes = engine.config.get("classes")
         self.fill = (engine.config.get("mask") or {}).get("fill")
@@ -145,10 +145,6 @@ class Translator:
         self.size = max(1, CPU_BATCH_PIXELS // self.side**2) if self.fixed else batch_size
         self.workers = 1  # batches in the network at once, see `spread`
         self.advance: Callable[[int], None] = lambda tiles: None  # told of tiles that are done
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what runs the network: in another process, a translator prepares pieces and no more."""
-        return {name: v for name, v in self.__dict__.items() if name not in ("engine", "degrade", "warn", "advance")}
 
     def prepare(self, picture: Picture, name: str, mask: Image.Image | None = None, label: int | None = None) -> Piece:
         """Fit an image for the model.
@@ -188,19 +184,21 @@ class Translator:
             IbmdError: the model needs a hole or label and there is none, or the reverse; or x has another size.
         """
         if self.classes and (label is None or not 0 <= label < self.classes):
-            raise IbmdError(f"{name}: {self.name} needs a class from 0 to {self.classes - 1} (--label), got {label}")
+            raise IbmdError(
+                f"{name}: {self.engine.name} needs a class from 0 to {self.classes - 1} (--label), got {label}"
+            )
         if label is not None and not self.classes:
-            raise IbmdError(f"{name}: {self.name} has no classes; leave --label out")
+            raise IbmdError(f"{name}: {self.engine.name} has no classes; leave --label out")
         if (hole is None) != (self.fill is None):
             raise IbmdError(
-                f"{name}: {self.name} {'fills holes: say where with --mask' if self.fill else 'takes no --mask'}"
+                f"{name}: {self.engine.name} {'fills holes: say where with --mask' if self.fill else 'takes no --mask'}"
             )
         side = self.side // self.scale
         height, width = x.shape[-2:]
         sized = min(height, width) >= side if self.fit == "tile" else height == width == side
         if x.shape != (3, height, width) or not sized:
             more = " or more" if self.fit == "tile" else ""
-            raise IbmdError(f"{name}: shape {list(x.shape)}: {self.name} expects [3, {side}, {side}]{more}")
+            raise IbmdError(f"{name}: shape {list(x.shape)}: {self.engine.name} expects [3, {side}, {side}]{more}")
         return Piece(name, x, Tiles(height, width, side, self.scale), hole=hole, label=label)
 
     @contextmanager

@@ -7,12 +7,10 @@ import json
 import os
 import pty
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -32,11 +30,10 @@ from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file
 from ibmd_cli.images import find_images
-from ibmd_cli.jobs import SampleConfig, make_plan
+from ibmd_cli.jobs import SampleConfig
 from ibmd_cli.models import Student, Teacher, load_model, resolve, save_model
 from ibmd_cli.networks import make_predictor
 from ibmd_cli.noise import randn, stream
-from ibmd_cli.reading import Read, Reader
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.sharing import Claims, _file
 from ibmd_cli.translating import Piece, Translator
@@ -1010,97 +1007,6 @@ def test_an_interrupted_run_continues(sample, drawings, tmp_path, monkeypatch):
     rest = sample("-i", drawings, "-o", "out/", "--on-exists", "skip")
     assert len(rest.paths) == 8 - len(there)
     assert {path: (tmp_path / path).read_bytes() for path in whole} == whole
-
-
-# ------------------------------------------------------------------------------------------- the reading process
-
-
-class _Counted(Reader):
-    """Counts what it reads; with `last`, it is killed after so many batches."""
-
-    batches, last = 0, 1000
-
-    def read(self, reads: list[Read]) -> list[Read]:
-        result = super().read(reads)
-        type(self).batches += 1
-        if self.batches == self.last:
-            for process in self.pool._processes.values():
-                os.kill(process.pid, signal.SIGKILL)
-        return result
-
-
-def test_a_process_of_its_own_reads_many_small_files(sample, drawings, tmp_path, monkeypatch):
-    """The same pictures, failures and contact sheet; and no claim is left behind."""
-    (drawings / "bad.png").write_bytes((drawings / "drawing-1.png").read_bytes()[:100])
-    shutil.copy(drawings / "drawing-2.png", drawings / "two\nlines.png")
-    threads = sample("-q", "-i", drawings, "-o", "a/", "--grid", "a.png")
-    monkeypatch.setattr(sampling, "MANY", 8)
-    monkeypatch.setattr(sampling, "Reader", _Counted)
-    monkeypatch.setattr(_Counted, "batches", 0)
-    process = sample("-q", "-i", drawings, "-o", "b/", "--grid", "b.png", "--on-exists", "skip")
-    assert _Counted.batches == 2
-    assert process.code == threads.code == 3
-    assert process.err.replace("b.png", "a.png") == threads.err
-    assert "bad.png: damaged or incomplete" in process.err
-    assert tree(tmp_path / "a") == tree(tmp_path / "b")
-    for name in [*(f"{{}}/{name}" for name in tree(tmp_path / "a")), "{}.png"]:
-        assert (tmp_path / name.format("a")).read_bytes() == (tmp_path / name.format("b")).read_bytes()
-
-
-def test_large_files_are_read_by_threads(sample, drawings, monkeypatch):
-    monkeypatch.setattr(sampling, "MANY", 8)
-    monkeypatch.setattr(sampling, "Reader", None)  # cannot be called
-    options = SampleConfig(inputs=(str(drawings),), output="out/")
-    jobs = make_plan(options, 0, 1).jobs
-    assert sampling._aside(jobs, options)
-    assert not sampling._aside(jobs[:7], options)
-    for other in ({"device": "cuda"}, {"fit": "tile"}, {"restore_size": True}):
-        assert not sampling._aside(jobs, replace(options, **other))
-    with (drawings / "drawing-3.png").open("ab") as file:
-        file.write(bytes(1 << 20))
-    assert sample("-i", drawings, "-o", "out/").code == 0
-
-
-def test_the_reading_process_is_killed(sample, drawings, tmp_path, monkeypatch):
-    for i in range(8, 40):
-        shutil.copy(drawings / f"drawing-{i % 8}.png", drawings / f"drawing-{i}.png")
-    monkeypatch.setattr(sampling, "MANY", 8)
-    monkeypatch.setattr(sampling, "Reader", _Counted)
-    monkeypatch.setattr(_Counted, "batches", 0)
-    monkeypatch.setattr(_Counted, "last", 2)
-    result = sample("-q", "-i", drawings, "-o", "out/", "--on-exists", "skip")
-    assert result.code == 1
-    assert result.err == "error: the process that reads images was ended: run again with --on-exists skip\n"
-    assert not any(name.startswith(".") for name in tree(tmp_path / "out"))
-    monkeypatch.setattr(sampling, "MANY", 1000)
-    rest = sample("-i", drawings, "-o", "out/", "--on-exists", "skip")
-    assert rest.code == 0
-    assert len(tree(tmp_path / "out")) == 40
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_reading_process_ends_with_its_parent(drawings, tmp_path, sent):
-    """Ctrl-C reaches both; the others the parent alone."""
-    for i in range(8, 400):
-        shutil.copy(drawings / f"drawing-{i % 8}.png", drawings / f"drawing-{i}.png")
-    command = [sys.executable, "-m", "ibmd_cli", "sample", "-i", str(drawings), "-o", "out/"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, start_new_session=True) as run:
-        assert run.stdout.readline()
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-        assert any(b"spawn_main" in line for line in commands.values())
-        (os.killpg if sent == signal.SIGINT else os.kill)(run.pid, sent)
-        err = run.communicate()[1].decode()
-    assert run.returncode == (-sent if sent == signal.SIGKILL else 130)
-    assert "Traceback" not in err
-    for _ in range(100):
-        left = [child for child in children if Path(f"/proc/{child}").exists()]
-        if not left:
-            break
-        time.sleep(0.1)
-    assert not left
 
 
 @pytest.mark.slow
