@@ -90,7 +90,9 @@ class OnnxStudent(ExportedStudent):
     @contextmanager
     def spread(self) -> Iterator[int]:
         """Give each batch one thread of the CPU, see `translating.Engine`."""
-        session, self.session = self.session, _session(self.file, threads=1)
+        session = self.session
+        if self.threads != 1:
+            self.session = _session(self.file, threads=1)
         try:
             yield self.threads or os.cpu_count() or 1
         finally:

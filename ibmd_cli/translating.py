@@ -210,8 +210,10 @@ class Translator:
         """
         if self.fixed and self.size > 1 and images > self.size:
             with self.engine.spread() as self.workers:
-                yield
-            self.workers = 1
+                try:
+                    yield
+                finally:
+                    self.workers = 1
         else:
             yield
 
@@ -280,14 +282,14 @@ class Translator:
         """
         began = time.monotonic()
         while True:
-            size = self.size  # another thread may change it
+            size = self.size  # another thread may lessen it
             try:
                 parts = [self._batch(group[i : i + size], size) for i in range(0, len(group), size)]
                 return np.concatenate(parts), time.monotonic() - began
             except MemoryError:
                 if size == 1:
                     raise
-            self.size = size // 2
+            self.size = min(self.size, size // 2)
             images = f"image{'s' * (self.size > 1)}"
             self.warn(f"out of memory: from here on {self.size} {images} at a time (last bits may differ)")
 
