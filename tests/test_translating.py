@@ -245,6 +245,17 @@ def test_scarce_memory_halves_the_batch(make, monkeypatch):
         "from here on 4 images at a time (last bits may differ)",
         "from here on 2 images at a time (last bits may differ)",
     ]
+    translator.size, batch = 8, translator._batch
+
+    def lessened(group, size):
+        """As when another thread lessens the size to 2 meanwhile."""
+        translator.size = min(translator.size, 2)
+        return batch(group, size)
+
+    monkeypatch.setattr(translator, "_batch", lessened)
+    translator._network([(piece, 0) for piece in pieces])
+    assert translator.size == 2
+    monkeypatch.undo()
     translator.size = 1
     model.predictor.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(MemoryError, match="out of memory"):
