@@ -248,13 +248,14 @@ def test_scarce_memory_halves_the_batch(make, monkeypatch):
     translator.size, batch = 8, translator._batch
 
     def lessened(group, size):
-        """As when another thread lessens the size to 2 meanwhile."""
-        translator.size = min(translator.size, 2)
+        """As when another thread lessens the size to 1 during the first batch."""
+        if size == 8:
+            translator.size = 1
         return batch(group, size)
 
     monkeypatch.setattr(translator, "_batch", lessened)
     translator._network([(piece, 0) for piece in pieces])
-    assert translator.size == 2
+    assert translator.size == 1
     monkeypatch.undo()
     translator.size = 1
     model.predictor.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
