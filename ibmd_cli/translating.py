@@ -23,7 +23,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.images import Geometry, arrange, enlarged, lay, lay_mask, scaled, to_array, to_image, unfit
 from ibmd_cli.tiles import Tiles
 
-CPU_BATCH_PIXELS = 8 * 32 * 32  # fills a core with small images; large ones go one by one
+CPU_BATCH_PIXELS = 16 * 32 * 32  # fills a core with small images; large ones go one by one
 FITS = ("pad", "stretch", "crop", "tile")
 
 

@@ -381,6 +381,7 @@ def same_scores(some: dict, others: dict) -> None:
                 assert ours[metric][figure] == pytest.approx(theirs[metric][figure], rel=tolerance, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_interrupted_evaluation_continues_to_the_same_scores(pairs: Path, tmp_path: Path):
     out = tmp_path / "out"
     arguments = ["--data", pairs, *FEW]

@@ -38,6 +38,7 @@ def test_teacher_is_trained_continued_and_embedded(task: str, tmp_path: Path):
     assert teacher.config["bridge"] == embedded.config["bridge"]
 
 
+@pytest.mark.slow
 def test_signals_are_distilled_by_a_teacher_of_ones_own():
     lines = run("signal1d.py", "--steps", 4).splitlines()
     assert [line.split("   ")[0].split(",")[0] for line in lines] == ["teacher"] * 3 + ["student"] * 4

@@ -342,6 +342,7 @@ def assert_same_pictures(folder: Path, other: Path) -> None:
     assert differences.mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_ibmd_sample_does_all_without_pytorch(tmp_path: Path, tiny_config: dict, drawings: Path):
     """Holes, classes, variants, transparency, tiles, contact sheets; from a file, and from the Hub."""
     student = make_student(tiny_config, **STUDENTS["one step"])

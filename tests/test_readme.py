@@ -29,7 +29,7 @@ def test_quick_start_begins_with_two_blocks_of_one_line():
     assert "\n" not in first + second
     assert "ibmd distill" in first
     assert "ibmd sample" in first
-    assert second.rstrip().endswith("pytest")
+    assert second.rstrip().endswith("pytest -n 2")
 
 
 def test_nothing_is_left_to_fill_in():

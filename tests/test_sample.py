@@ -308,7 +308,7 @@ def test_batches_at_once_change_no_bit(drawings):
     """One thread for each of two batches, or two for one; and two networks are in fact at work together."""
     model = load_model("builtin:outline2emoji", "student")
     translator = Translator(engines.TorchEngine(model))
-    pieces = [translator.prepare(read_picture(file), file.name) for file in sorted(drawings.iterdir())] * 3
+    pieces = [translator.prepare(read_picture(file), file.name) for file in sorted(drawings.iterdir())] * 6
     both, calls = threading.Barrier(2, timeout=60), []
 
     def meet(*_) -> None:
@@ -585,11 +585,11 @@ def test_what_is_written_is_told_before_a_slow_network_goes_on(sample, drawings,
     monkeypatch.setattr(sampling._Results, "_print", lambda *_: events.append("told"))
     network = embedded("builtin:outline2emoji", "student").predictor
     hook = network.register_forward_pre_hook(lambda *_: events.append("network"))
-    for i in range(8):
-        shutil.copy(drawings / f"drawing-{i}.png", drawings / f"more-{i}.png")
+    for i in range(24):
+        shutil.copy(drawings / f"drawing-{i % 8}.png", drawings / f"more-{i}.png")
     sample("-i", drawings, "-o", "out/")
     hook.remove()
-    assert events == ["network", *["told"] * 8] * 2
+    assert events == ["network", *["told"] * 16] * 2
 
 
 # ------------------------------------------------------------------------------------------------------- lists
