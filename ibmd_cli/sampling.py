@@ -32,8 +32,9 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import FULL, why, write_file
 from ibmd_cli.heap import share_freed_memory
 from ibmd_cli.jobs import Job, SampleConfig, Source, make_plan
+from ibmd_cli.outcomes import Appeared, DiskFull, Outcome, Results, Stop
 from ibmd_cli.reading import Inputs, Read
-from ibmd_cli.reporting import Meter, Reporter
+from ibmd_cli.reporting import Reporter
 from ibmd_cli.runners import is_exported, load_exported
 from ibmd_cli.sharing import Claims, Gather, company, place
 from ibmd_cli.sheets import Sheet, thumbnail
@@ -68,7 +69,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
     reporter.quiet = reporter.quiet or process > 0
     with company() as gather:
         plan = _together(process, gather, lambda: make_plan(config, process, processes))
-        results = _Results(config, reporter)
+        results = Results(config, reporter)
         try:
             for problem in plan.problems:
                 results.fail(problem.text, problem.jobs, problem.error)
@@ -80,7 +81,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
         except KeyboardInterrupt:
             reporter.warn(f"interrupted: {results.summary()}; the same command with --on-exists skip does the rest")
             raise
-        except _Stop:
+        except Stop:
             reporter.note(f"stopped: {results.summary()}")
             return 1
         counts = gather((results.done, results.skipped, results.failed))
@@ -129,7 +130,7 @@ def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
     return Inputs(config, translator)
 
 
-def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: "_Results") -> None:
+def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: Results) -> None:
     translator, reporter = inputs.translator, results.reporter
     sheet = Sheet(config.grid) if config.grid and not _keep(config.grid, config, results) else None
     whole = config.fit == "tile" or (config.restore_size and (config.alpha == "keep" or inputs.mask is not None))
@@ -170,15 +171,15 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: "_
                 read = _read_ahead(readers, read_all, _batches(groups, batch), ahead)
                 for done in _batches(translator.run(pieces()), batch):
                     unwritten = 0 if done[-1].seconds > SLOW else behind
-                    outcomes: deque[_Outcome] = deque()
+                    outcomes: deque[Outcome] = deque()
                     waiting.append(_Writing(writers.submit(outputs.write, done, outcomes), outcomes))
                     _report(waiting, results, unwritten)
                 _report(waiting, results, most=0)
-            except (KeyboardInterrupt, _Stop):
+            except (KeyboardInterrupt, Stop):
                 readers.shutdown(wait=False, cancel_futures=True)
                 writers.shutdown(wait=True, cancel_futures=True)
                 for outcome in [outcome for writing in waiting for outcome in writing.outcomes]:
-                    with suppress(_Stop):
+                    with suppress(Stop):
                         results.finish(outcome)
                 raise
             except BaseException:
@@ -221,10 +222,10 @@ class _Writing(NamedTuple):
     """A batch that is being written, and what became of those of its pictures that are, and are not reported."""
 
     future: Future[None]
-    outcomes: "deque[_Outcome]"
+    outcomes: deque[Outcome]
 
 
-def _report(waiting: deque[_Writing], results: "_Results", most: int) -> None:
+def _report(waiting: deque[_Writing], results: Results, most: int) -> None:
     """Report what is written, in order, and wait while there are more than `most` batches that are not."""
     while waiting and (len(waiting) > most or waiting[0].future.done()):
         future, outcomes = waiting[0]
@@ -288,7 +289,7 @@ def _size(config: SampleConfig, translator: Translator) -> str:
     return f"results of {translator.side}×{translator.side} pixels"
 
 
-def _pieces(read: Iterable[Read], results: "_Results") -> Iterator[Piece]:
+def _pieces(read: Iterable[Read], results: Results) -> Iterator[Piece]:
     """Report inputs that cannot be translated, and yield a piece for each picture that is to be made of the others."""
     for one in read:
         for job in one.skipped:
@@ -320,22 +321,22 @@ class _Outputs:
         self.config, self.translator, self.claims, self.sheet, self.made_by = config, translator, claims, sheet, made_by
         self.coders, self.budget = coders, Budget()
 
-    def write(self, pieces: list[Piece], outcomes: "deque[_Outcome]") -> None:
+    def write(self, pieces: list[Piece], outcomes: deque[Outcome]) -> None:
         """Encode pieces and write them, and tell of each what became of it."""
         with self.coders:
             encoded = [self._encode(piece) for piece in pieces]
         pieces.clear()  # while they wait for the disk, they have no pixels
         for picture in encoded:
             outcomes.append(self._save(*picture))
-            if isinstance(outcomes[-1].error, _DiskFull):
+            if isinstance(outcomes[-1].error, DiskFull):
                 break
 
-    def _encode(self, piece: Piece) -> "tuple[_Outcome, bytes, Read, Image.Image | None]":
+    def _encode(self, piece: Piece) -> tuple[Outcome, bytes, Read, Image.Image | None]:
         """Return what becomes of a piece, its bytes, its input, and its thumbnail for the sheet: no pixels are left."""
         began, (read, job) = time.monotonic(), piece.task
         geometry, data, small = piece.geometry, b"", None
         assert geometry is not None
-        outcome = _Outcome(job, geometry.size)
+        outcome = Outcome(job, geometry.size)
         try:
             with self.budget.take(math.prod(self.translator.result_size(geometry))):
                 image = self.translator.finish(piece)
@@ -349,7 +350,7 @@ class _Outputs:
         seconds = read.seconds / len(read.jobs) + piece.seconds + time.monotonic() - began
         return outcome._replace(seconds=seconds), data, read, small
 
-    def _save(self, outcome: "_Outcome", data: bytes, read: Read, small: Image.Image | None) -> "_Outcome":
+    def _save(self, outcome: Outcome, data: bytes, read: Read, small: Image.Image | None) -> Outcome:
         """Write an encoded picture."""
         began, job = time.monotonic(), outcome.job
         try:
@@ -365,28 +366,6 @@ class _Outputs:
         return outcome._replace(seconds=outcome.seconds + time.monotonic() - began)
 
 
-class _Outcome(NamedTuple):
-    """What became of a job: sizes (width, height) of input and output, and the reason if it failed."""
-
-    job: Job
-    before: tuple[int, int]
-    after: tuple[int, int] = (0, 0)
-    seconds: float = 0.0
-    error: IbmdError | None = None
-
-
-class _Appeared(IbmdError):
-    """An output is there that was not when the work began."""
-
-
-class _DiskFull(IbmdError):
-    """No other picture can be written either."""
-
-
-class _Stop(Exception):
-    """A picture failed, which was told, and no other is to be tried."""
-
-
 def _put(data: bytes, output: Path | None, config: SampleConfig) -> None:
     if output is None:
         sys.stdout.buffer.write(data)
@@ -395,107 +374,18 @@ def _put(data: bytes, output: Path | None, config: SampleConfig) -> None:
     try:
         write_file(output, data, replace=config.on_exists == "overwrite")
     except FileExistsError as error:
-        raise _Appeared(
+        raise Appeared(
             f"{shown(output)}: appeared meanwhile and stays as it is; choose --on-exists skip or overwrite"
         ) from error
     except OSError as error:
         if error.errno in FULL:
-            raise _DiskFull(f"disk full while writing {shown(output)}: free some space and run again") from error
+            raise DiskFull(f"disk full while writing {shown(output)}: free some space and run again") from error
         raise IbmdError(f"{shown(output)}: cannot be written {why(error)}") from error
 
 
-def _keep(grid: str, config: SampleConfig, results: "_Results") -> bool:
+def _keep(grid: str, config: SampleConfig, results: Results) -> bool:
     """Tell whether the contact sheet exists and is to stay."""
     keep = config.on_exists == "skip" and os.path.lexists(grid)
     if keep:
         results.reporter.note(f"{shown(grid)}: exists already and stays as it is")
     return keep
-
-
-# ----------------------------------------------------------------------------------------------------- reports
-
-
-class _Results:
-    """What became of each picture: counts, a line on stdout if it is there, a line on stderr if it failed."""
-
-    def __init__(self, config: SampleConfig, reporter: Reporter) -> None:
-        self.config, self.reporter, self.meter = config, reporter, Meter()
-        self.done = self.skipped = self.failed = 0
-        self.said = False
-        self.told: _Outcome | None = None
-        self.on_terminal = sys.stdout is not None and sys.stdout.isatty()
-
-    def summary(self) -> str:
-        return f"{self.done} done, {self.skipped} skipped, {self.failed} failed"
-
-    def finish(self, outcome: _Outcome) -> None:
-        """Tell what became of a picture: once, also if an interrupt comes in between and it is given again."""
-        if outcome is self.told:
-            return
-        job, error, line = outcome.job, outcome.error, b""
-        if self.config.as_json:
-            (input_width, input_height), (width, height) = outcome.before, outcome.after
-            sizes = {"input_width": input_width, "input_height": input_height, "width": width, "height": height}
-            line = self._json("done", str(job.source), job, **sizes, seconds=round(outcome.seconds, 4))
-        elif job.output is not None:
-            path = str(job.output)
-            line = self._line(f"./{path}" if path.startswith("-") else path, "\0" if self.config.print0 else "\n")
-        self.told = outcome
-        if isinstance(error, _Appeared) and self.config.on_exists == "skip":  # a run without locks made it
-            self.skip(job)
-        elif error is not None:
-            self.fail(str(job.source), [job], error)
-        else:
-            self.done += 1
-            self._print(line)
-            self.meter.advance()
-
-    def skip(self, job: Job) -> None:
-        self.skipped += 1
-        self.meter.advance()
-        if self.config.as_json:
-            self._print(self._json("skipped", str(job.source), job))
-
-    def fail(self, text: str, jobs: Sequence[Job], error: IbmdError) -> None:
-        """Count the pictures that an input would have become; one, if it has no jobs because it is not there.
-
-        Raises:
-            _Stop: no other is to be tried.
-        """
-        self.failed += len(jobs) or 1
-        if jobs:
-            self.meter.advance(len(jobs))
-        if self.config.as_json:
-            for job in jobs:
-                self._print(self._json("failed", str(job.source), job, error=str(error)))
-            if not jobs:
-                self._print(self._json("failed", text, None, error=str(error)))
-        self.reporter.error(str(error))
-        if self.config.fail_fast or isinstance(error, _DiskFull):
-            raise _Stop
-
-    def say_once(self, message: str) -> None:
-        if not self.said:
-            self.reporter.note(message)
-        self.said = True
-
-    def _json(self, status: str, source: str, job: Job | None, **known: Any) -> bytes:
-        output = None if job is None or job.output is None else str(job.output)
-        line = {"schema": 1, "status": status, "input": source, "output": output}
-        line |= {"input_width": None, "input_height": None, "width": None, "height": None, "seconds": None}
-        line |= {"seed": self.config.seed, "variant": None if job is None else job.variant, "error": None}
-        return self._line(json.dumps(line | known))
-
-    def _line(self, text: str, end: str = "\n") -> bytes:
-        """Spell a line for stdout: readably on a terminal; elsewhere, the very bytes."""
-        return (shown(text) + "\n").encode() if self.on_terminal else os.fsencode(text + end)
-
-    def _print(self, line: bytes) -> None:
-        """Write a line to stdout: on a terminal, above the progress bar; nowhere if it is closed."""
-        if sys.stdout is None:
-            return
-        if self.on_terminal:
-            sys.stdout.write(line.decode())
-        else:
-            sys.stdout.buffer.write(line)  # at once: an interrupt comes before or after it
-        sys.stdout.flush()

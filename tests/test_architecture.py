@@ -14,7 +14,7 @@ LAYERS = (
     ("bridges", "config", "decoding", "degradations", "devices", "encoding", "hub", "launching", "sharing", "tiles"),
     ("albums", "exported", "images", "labels", "networks", "pages", "sheets"),
     ("distillation", "fsdp", "jobs", "memory"),
-    ("samplers",),
+    ("outcomes", "samplers"),
     ("models",),
     ("checkpoints", "programs"),
     ("onnx_graphs", "runners", "teachers"),

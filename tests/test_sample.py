@@ -23,7 +23,7 @@ import torch
 from hostile import write_corpus
 from PIL import Image
 
-from ibmd_cli import engines, sampling
+from ibmd_cli import engines, outcomes, sampling
 from ibmd_cli.cli import main
 from ibmd_cli.decoding import read_picture
 from ibmd_cli.devices import resolve_device
@@ -582,7 +582,7 @@ def test_closed_streams(drawings, tmp_path, monkeypatch, capfd):
 def test_what_is_written_is_told_before_a_slow_network_goes_on(sample, drawings, monkeypatch):
     monkeypatch.setattr(sampling, "SLOW", 0.0)
     events: list[str] = []
-    monkeypatch.setattr(sampling._Results, "_print", lambda *_: events.append("told"))
+    monkeypatch.setattr(outcomes.Results, "_print", lambda *_: events.append("told"))
     network = embedded("builtin:outline2emoji", "student").predictor
     hook = network.register_forward_pre_hook(lambda *_: events.append("network"))
     for i in range(24):
