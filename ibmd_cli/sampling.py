@@ -196,7 +196,8 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: Re
 def _give_way() -> None:
     """Let the network's threads go before this one on the CPU: it often wakes up on a core of theirs."""
     if sys.platform == "linux":  # elsewhere, only processes have priorities
-        os.setpriority(os.PRIO_PROCESS, get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -23,7 +23,7 @@ import torch
 from hostile import write_corpus
 from PIL import Image
 
-from ibmd_cli import engines, outcomes, sampling
+from ibmd_cli import engines, outcomes, reading, sampling
 from ibmd_cli.cli import main
 from ibmd_cli.decoding import read_picture
 from ibmd_cli.devices import resolve_device
@@ -577,6 +577,23 @@ def test_closed_streams(drawings, tmp_path, monkeypatch, capfd):
         SampleConfig(inputs=(file,), output="-")
     assert sampling.sample(SampleConfig(inputs=(file,), output=str(tmp_path / "out.png")), Reporter()) == 0
     assert (tmp_path / "out.png").is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, threads have no priorities of their own")
+def test_threads_that_read_and_write_give_way_to_the_network(sample, drawings, monkeypatch):
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    seen = {"read": set(), "write": set(), "network": set()}
+    for place, name, kind in ((reading, "read_picture", "read"), (sampling, "write_file", "write")):
+        work = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, w=work, k=kind, **o: (seen[k].add(priority()), w(*a, **o))[1])
+    network = embedded("builtin:outline2emoji", "student").predictor
+    hook = network.register_forward_pre_hook(lambda *_: seen["network"].add(priority()))
+    sample("-i", drawings, "-o", "out/")
+    hook.remove()
+    mine = priority()
+    assert seen == {"read": {min(19, mine + 10)}, "write": {min(19, mine + 10)}, "network": {mine}}
 
 
 def test_what_is_written_is_told_before_a_slow_network_goes_on(sample, drawings, monkeypatch):
