@@ -23,7 +23,9 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.images import Geometry, arrange, enlarged, lay, lay_mask, scaled, to_array, to_image, unfit
 from ibmd_cli.tiles import Tiles
 
-CPU_BATCH_PIXELS = 16 * 32 * 32  # fills a core with small images; large ones go one by one
+CPU_BATCH_PIXELS = 16 * 32 * 32
+"""In the network at once: fills a core with small images; large ones go one by one. A single image costs as much as a
+whole batch, so no more than that."""
 FITS = ("pad", "stretch", "crop", "tile")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ibmd_cli.models import load_model
+from ibmd_cli.models import load_model, read_json
 from ibmd_cli.mosaics import embedded_pairs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -72,3 +72,10 @@ def test_curves_are_trained_and_drawn(tmp_path: Path):
     table = run("emoji/curves.py", *folders, "--seeds", 1, "--steps", 2)
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["paper", "uniform-t", "preset"]
     assert (tmp_path / "out" / "curves.svg").read_text().count("<polyline") == 14
+    folders = ("--data", tmp_path, "--work", tmp_path / "changed", "--out", tmp_path / "changed")
+    change = ("--only", "preset", "--change", '{"precision": "bf16", "reuse": 2}')
+    table = run("emoji/curves.py", *folders, "--seeds", 1, "--steps", 2, *change)
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["preset"]
+    settings = read_json(tmp_path / "changed" / "preset-0" / "config.json")["settings"]
+    assert (settings["precision"], settings["reuse"]) == ("bf16", 2)
+    assert (tmp_path / "changed" / "curves.svg").read_text().count("<polyline") == 6

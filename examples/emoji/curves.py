@@ -114,7 +114,8 @@ def picture(curves: dict[str, list[Curve]], teacher: float) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {HEIGHT + 50}"><style>{STYLE}</style>',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    for i, (kind, name) in enumerate(zip(KINDS, (*curves, f"teacher, {CALLS} calls"), strict=True)):
+    kinds = (*KINDS[: len(curves)], KINDS[-1])
+    for i, (kind, name) in enumerate(zip(kinds, (*curves, f"teacher, {CALLS} calls"), strict=True)):
         svg.append(f'<text class="{kind} name" x="{LEFT + 145 * i}" y="18">{name}</text>')
     for i, (axis, label) in enumerate((("step", "student updates"), ("seconds", "seconds"))):
         place = f'x="{i * WIDTH}" y="28" width="{WIDTH}" height="{HEIGHT}"'
@@ -145,19 +146,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="student updates of every run, for a trial; default: see SETTINGS")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=SETTINGS, help="one of SETTINGS; default: all")
+    parser.add_argument("--change", type=json.loads, default={}, help="""options of every run: '{"reuse": 2}'""")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     x_0, x_T = Pairs(args.data / "val.npz", TASKS[TASK])[:]
     teacher = load_teacher(TEACHER, quiet=True)
     reference = energy(lambda batch, rng: teacher.translate(batch, rng, CALLS), x_0, x_T)
-    trial = {"steps": args.steps} if args.steps else {}
-    curves: dict[str, list[Curve]] = {name: [] for name in SETTINGS}
+    changes = args.change | ({"steps": args.steps} if args.steps else {})
+    chosen = {name: settings | changes for name, settings in SETTINGS.items() if args.only in (None, name)}
+    curves: dict[str, list[Curve]] = {name: [] for name in chosen}
     for seed in range(args.seeds):
-        for name, settings in SETTINGS.items():
+        for name, settings in chosen.items():
             out = args.work / f"{name}-{seed}"
-            curves[name].append(run(out, {**COMMON, **settings, **trial, "seed": seed}, x_0, x_T))
-    content = {"settings": SETTINGS, "teacher": reference, "curves": curves}
+            curves[name].append(run(out, {**COMMON, **settings, "seed": seed}, x_0, x_T))
+    content = {"settings": chosen, "teacher": reference, "curves": curves}
     for name, text in (("curves.json", json.dumps(content, indent=1)), ("curves.svg", picture(curves, reference))):
         with atomic_file(args.out / name) as new:
             new.write_text(text)
