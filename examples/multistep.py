@@ -17,11 +17,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent / "emoji"))
 from train_teacher import TASKS, Pairs
 
-from ibmd_cli.distillation import Sources
-from ibmd_cli.metrics import diversity, energy_score, estimate, resamples
-from ibmd_cli.models import Student, Teacher, load_model
-from ibmd_cli.mosaics import embedded_pairs
-from ibmd_cli.noise import stream
+from ibmd_cli.data.embedded import embedded_pairs
+from ibmd_cli.method.distillation import Sources
+from ibmd_cli.method.noise import stream
+from ibmd_cli.metrics.scores import diversity, energy_score, estimate, resamples
+from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.model import Student, Teacher
 
 SAMPLES = 4
 """Draws for each source."""

@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ibmd_cli.bridges import VPBridge, expand_to
-from ibmd_cli.distillation import Setup, Sources, ibmd, translate
-from ibmd_cli.noise import randn, stream
-from ibmd_cli.optimisation import Player, Schedule
-from ibmd_cli.samplers import sample_teacher
+from ibmd_cli.method.bridges import VPBridge, expand_to
+from ibmd_cli.method.distillation import Setup, Sources, ibmd, translate
+from ibmd_cli.method.noise import randn, stream
+from ibmd_cli.models.samplers import sample_teacher
+from ibmd_cli.training.optimise import Player, Schedule
 
 LENGTH, BLOCK, SPREAD = 32, 8, 0.05
 

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ibmd_cli.distillation import Setup, Sources, bridge_loss
-from ibmd_cli.networks import Predictor
-from ibmd_cli.optimisation import Player, Schedule
+from ibmd_cli.method.distillation import Setup, Sources, bridge_loss
+from ibmd_cli.networks.predictor import Predictor
+from ibmd_cli.training.optimise import Player, Schedule
 
 
 def train(

@@ -1,12 +1,18 @@
 """Files that are written whole or not at all."""
 
 import errno
+import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
+from typing import Any
+
+from ibmd_cli.errors import IbmdError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Codes of the errors after which no other file can be written either: the disk is full, or the user's share of it."""
@@ -132,3 +138,32 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        IbmdError: the file is absent or is not one.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise IbmdError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise IbmdError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def sha256(file: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- references
+
+
+def assets() -> Path:
+    """Return the folder of the models and data that are embedded in the package."""
+    return Path(str(resources.files("ibmd_cli"))) / "assets"

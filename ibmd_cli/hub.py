@@ -11,7 +11,6 @@ import math
 import os
 import re
 import time
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from ibmd_cli import __version__
-from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import atomic_file
 from ibmd_cli.reporting import Reporter, is_plain
 
@@ -41,53 +40,6 @@ def cache_folder() -> Path:
     if own := os.environ.get("IBMD_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ibmd"
-
-
-# ----------------------------------------------------------------------------------------------- published teachers
-
-
-def published() -> dict[str, dict[str, Any]]:
-    """Return the row of each published teacher by its alias (`teachers.toml`, which says what the keys mean)."""
-    table = tomllib.loads((Path(__file__).parent / "teachers.toml").read_text(encoding="utf-8"))
-    absent = {"classes": None, "mask": None}  # TOML has no null
-    return {alias: {**absent, **table["defaults"][row["family"]], **row} for alias, row in table["teachers"].items()}
-
-
-def locate(alias: str, *, quiet: bool = False) -> Path:
-    """Return the checkpoint of a published teacher, as its authors wrote it.
-
-    Args:
-        alias: a key of `published`.
-        quiet: show no progress.
-
-    Raises:
-        NotAvailable: no such alias; or its authors keep the file where it must be fetched by hand (the message tells
-            where, and what to do then); or see `download`.
-        IbmdError: see `download`.
-    """
-    rows = published()
-    if alias not in rows:
-        raise NotAvailable(f"no teacher hub:{alias}: {nearest(alias, rows)} (ibmd distill --list-teachers)")
-    row = rows[alias]
-    if row["where"] == "hub":
-        return download(row["repo"], row["file"], quiet=quiet)
-    place = "into one folder, and name it: --teacher FOLDER" if len(row["files"]) > 1 else "and name it: --teacher FILE"
-    raise NotAvailable(
-        f"hub:{alias}: its authors keep it on Google Drive: download {' and '.join(row['files'])} from {row['url']} "
-        f"(if Drive asks, request access) {place} --preset {alias}"
-    )
-
-
-def to_fetch(alias: str) -> list[dict[str, Any]]:
-    """Return what is still to be fetched of a published teacher: where it is, and about how many bytes."""
-    from huggingface_hub import try_to_load_from_cache
-
-    row = published()[alias]
-    if row["where"] == "drive":
-        return [{"files": row["files"], "url": row["url"], "bytes": row["bytes"], "how": "by hand"}]
-    if isinstance(try_to_load_from_cache(row["repo"], row["file"]), str):
-        return []
-    return [{"files": [row["file"]], "url": f"hf://{row['repo']}", "bytes": row["bytes"], "how": "by ibmd"}]
 
 
 # ---------------------------------------------------------------------------------------------------------- the Hub

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ibmd_cli.models import Teacher, save_model
-from ibmd_cli.mosaics import embedded_sources
-from ibmd_cli.networks import make_predictor
-from ibmd_cli.noise import randn, stream
+from ibmd_cli.data.embedded import embedded_sources
+from ibmd_cli.method.noise import randn, stream
+from ibmd_cli.models.folder import save_model
+from ibmd_cli.models.model import Teacher
+from ibmd_cli.networks.predictor import make_predictor
 
 
 @pytest.fixture(autouse=True)

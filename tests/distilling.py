@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load
 from typer.testing import CliRunner
 
-import ibmd_cli.training
+import ibmd_cli.training.loop
 from ibmd_cli.cli import app
-from ibmd_cli.optimisation import Player
+from ibmd_cli.training.optimise import Player
 
 SMALL = ["--steps", "4", "--bridge-steps", "2", "--batch-size", "4", "--checkpoint-every", "2", "--preview-every", "2"]
 
@@ -37,7 +37,7 @@ def interrupt(monkeypatch: Any, arguments: list[object], step: int, number: int 
         return bool(interrupted)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ibmd_cli.training, "_agreed", agreed)
+        patch.setattr(ibmd_cli.training.loop, "_agreed", agreed)
         assert distill(*arguments).exit_code == 130
 
 

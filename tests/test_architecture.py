@@ -8,56 +8,81 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ibmd_cli"
-LAYERS = (
-    ("normals",),
-    ("errors", "figures", "files", "heap", "layers", "logs", "markup", "noise", "reporting"),
-    ("bridges", "config", "decoding", "degradations", "devices", "encoding", "hub", "launching", "sharing", "tiles"),
-    ("albums", "exported", "images", "labels", "networks", "pages", "sheets"),
-    ("distillation", "fsdp", "jobs", "memory"),
-    ("outcomes", "samplers"),
-    ("models",),
-    ("checkpoints", "programs"),
-    ("onnx_graphs", "runners", "teachers"),
-    ("cards", "classifiers", "engines", "mosaics", "optimisation", "metrics", "weights"),
-    ("distances", "features", "protocols", "records", "reports", "web"),
-    ("fetching", "loading", "pairs", "references"),
-    ("measuring",),
-    ("pictures", "scoring"),
-    ("data", "evaluation", "export", "runs", "translating"),
-    ("plan", "reading", "student", "training"),
-    ("sampling",),
-    ("cli",),
-    ("__main__",),
-)
-LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-ONLY = {"typer": {"cli"}, "accelerate": {"launching", "optimisation", "training"}}
+ALLOWED = "cli → sampling → evaluation → export → training → data → models → metrics → images → networks → method"
+ROOMS = ALLOWED.split(" → ")
+ONLY = {"typer": {"cli"}, "accelerate": {"processes", "training"}}
+"""Packages that only these rooms, or files at the root, import."""
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(dotted: str) -> str:
+    """`ibmd_cli.models.folder` → models; `ibmd_cli.files` → files."""
+    return dotted.split(".")[1] if "." in dotted else "__init__"
+
+
+def rank(name: str) -> int:
+    """How far down a room is; files at the root are below all, and `__main__` is above all."""
+    return -1 if name == "__main__" else ROOMS.index(name) if name in ROOMS else len(ROOMS)
+
+
+def is_root(name: str) -> bool:
+    return rank(name) == len(ROOMS)
+
+
+def module(file: Path) -> str:
+    return ".".join(("ibmd_cli", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
 
 def imports(file: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
+            base = node.module or ""
+            submodules = {f"{base}.{alias.name}" for alias in node.names}
+            names |= {name for name in submodules if name in MODULES} or {base}
     return names
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.glob("[!_]*.py")), ids=lambda f: f.stem)
-def test_imports_point_downwards(file: Path):
-    assert file.stem in LEVEL, f"{file.name}: give it a layer here"
-    for name in imports(file):
-        if name.startswith("ibmd_cli."):
-            other = name.split(".")[1]
-            assert LEVEL[other] < LEVEL[file.stem], f"{file.stem} imports {other}, which is not below it"
+MODULES = {module(file): file for file in FILES}
+
+
+def test_every_room_is_in_the_line():
+    assert {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()} == set(ROOMS)
+    assert len(list(PACKAGE.glob("*.py"))) <= 11
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_downwards(name: str):
+    here = room(name)
+    if name == "ibmd_cli":
+        return  # gives public names of the rooms to those who ask
+    for other in imports(MODULES[name]):
+        if other.startswith("ibmd_cli."):
+            assert rank(room(other)) > rank(here) or room(other) == here or is_root(here) and is_root(room(other)), (
+                f"{name} imports {other}, which is not below it"
+            )
         for package, allowed in ONLY.items():
-            if name.split(".")[0] == package:
-                assert file.stem in allowed, f"{file.stem} imports {package}"
+            if other.split(".")[0] == package:
+                assert here in allowed, f"{name} imports {package}"
 
 
-def test_heart_needs_torch_alone():
-    foreign = {name.split(".")[0] for name in imports(PACKAGE / "distillation.py")} - set(sys.stdlib_module_names)
-    assert foreign == {"torch", "ibmd_cli"}
+def test_no_circle():
+    modules = {name: file for name, file in MODULES.items() if name != "ibmd_cli"}
+    # Not `ibmd_cli` itself, which gives public names of the rooms to those who ask.
+    edges = {name: {other for other in imports(file) if other in modules} for name, file in modules.items()}
+    while leaves := {name for name, others in edges.items() if not others}:
+        edges = {name: others - leaves for name, others in edges.items() if name not in leaves}
+    # The package itself hands out its public names when they are asked for, so it may be imported by all.
+    assert not edges, f"modules that import each other: {sorted(edges)}"
+
+
+def test_method_needs_torch_alone():
+    allowed = {"torch", "numpy", "ibmd_cli", *sys.stdlib_module_names}
+    for name, file in MODULES.items():
+        if room(name) == "method":
+            assert {other.split(".")[0] for other in imports(file)} <= allowed
 
 
 @pytest.mark.parametrize("heavy", ["torch", "accelerate", "PIL", "numpy", "huggingface_hub"])
@@ -66,11 +91,14 @@ def test_command_line_starts_light(heavy: str):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_sampling_imports_pytorch_only_for_its_models():
-    code = "import sys, ibmd_cli.sampling, ibmd_cli.runners; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_sampling_does_not_import_accelerate():
-    code = "import sys, ibmd_cli.sampling, ibmd_cli.engines; sys.exit('accelerate' in sys.modules)"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("ibmd_cli.sampling.pipeline, ibmd_cli.export.load", "torch"),
+        ("ibmd_cli.sampling.pipeline, ibmd_cli.sampling.engine", "accelerate"),
+        (", ".join(name for name in MODULES if room(name) == "images"), "torch"),
+    ],
+)
+def test_imported_only_where_it_is_needed(modules: str, heavy: str):
+    code = f"import sys, {modules}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -113,10 +113,11 @@ def networks(case: str) -> tuple[Any, Any, Any]:
 
     import torch
 
-    from ibmd_cli.bridges import VPBridge
-    from ibmd_cli.models import load_model
-    from ibmd_cli.networks import Preconditioning, Predictor, UNetConfig
-    from ibmd_cli.noise import stream
+    from ibmd_cli.method.bridges import VPBridge
+    from ibmd_cli.method.noise import stream
+    from ibmd_cli.models.folder import load_model
+    from ibmd_cli.networks.predictor import Preconditioning, Predictor
+    from ibmd_cli.networks.unet import UNetConfig
 
     if case == "emoji":
         teacher = load_model("builtin:outline2emoji", "teacher").predictor
@@ -142,11 +143,10 @@ def measure(way: Way, case: str, batch: int, bridge_steps: int, device: str, thr
     from straightforward import Plain
     from straightforward import ibmd as plainly
 
-    from ibmd_cli.distillation import Setup, Sources, ibmd
-    from ibmd_cli.heap import keep_freed_memory
-    from ibmd_cli.memory import forget_peak, peak_memory
-    from ibmd_cli.noise import Streams, randn
-    from ibmd_cli.optimisation import Player, Schedule
+    from ibmd_cli.devices import forget_peak, keep_freed_memory, peak_memory
+    from ibmd_cli.method.distillation import Setup, Sources, ibmd
+    from ibmd_cli.method.noise import Streams, randn
+    from ibmd_cli.training.optimise import Player, Schedule
 
     torch.set_num_threads(threads)
     if not way.give_back:
@@ -209,7 +209,7 @@ def measure(way: Way, case: str, batch: int, bridge_steps: int, device: str, thr
 
     forget_peak(torch.device(device))
     base = held(device)
-    with mock.patch("ibmd_cli.networks.activate", keep_all) if way.keep_all else contextlib.nullcontext():
+    with mock.patch("ibmd_cli.networks.unet.activate", keep_all) if way.keep_all else contextlib.nullcontext():
         run(1)
         ungraded.clear()
         faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, (time.perf_counter(), time.process_time())
@@ -230,7 +230,7 @@ def keep_all(x: Any, norm: Any, conv: Any, scale: Any = None, shift: Any = None,
     import torch
     import torch.nn.functional as F
 
-    from ibmd_cli.layers import resampled
+    from ibmd_cli.networks.layers import resampled
 
     y = norm(x)
     y = y if scale is None else torch.addcmul(shift, y, 1 + scale)

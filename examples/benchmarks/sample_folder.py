@@ -24,12 +24,12 @@ import psutil
 import torch
 from PIL import Image
 
-from ibmd_cli.decoding import read_picture
-from ibmd_cli.engines import load_engine
-from ibmd_cli.heap import share_freed_memory
-from ibmd_cli.mosaics import embedded_sources
-from ibmd_cli.runners import is_exported, load_exported
-from ibmd_cli.translating import Translator
+from ibmd_cli.data.embedded import embedded_sources
+from ibmd_cli.devices import share_freed_memory
+from ibmd_cli.export.load import is_exported, load_exported
+from ibmd_cli.images.decode import read_picture
+from ibmd_cli.sampling.engine import load_engine
+from ibmd_cli.sampling.translator import Translator
 
 
 def command(folder: Path, output: Path, student: str) -> tuple[float, float, float]:

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import ibmd_cli.data
-from ibmd_cli.data import SourceImages
-from ibmd_cli.mosaics import embedded_pairs
-from ibmd_cli.noise import stream
+import ibmd_cli.data.sources
+from ibmd_cli.data.embedded import embedded_pairs
+from ibmd_cli.data.sources import SourceImages
+from ibmd_cli.method.noise import stream
+from ibmd_cli.models.teachers import load_teacher
 from ibmd_cli.reporting import Reporter
-from ibmd_cli.teachers import load_teacher
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         found: dict[tuple[str, str], list[float]] = defaultdict(list)
         for number in range(args.rounds):
             for way, workers in ways.items():
-                ibmd_cli.data.IN_MEMORY = 1 << 30 if way == "memory" else 0
+                ibmd_cli.data.sources.IN_MEMORY = 1 << 30 if way == "memory" else 0
                 for what, step in (("alone", None), ("beside", train)):
                     sources = SourceImages([place], teacher.config, Reporter(quiet=True), "sr4x-pool", workers=workers)
                     sources.expect(args.batch_size, (stream(i) for i in range(args.batches + 1)))

@@ -2,7 +2,7 @@
 
 The network is channels-first and made of PyTorch's own layers, as in the code of DDBM and DBIM; its parameters have
 the names of ours. All three networks record gradients, the student's loss is one graph, Adam and the average go from
-tensor to tensor. The draws are those of `ibmd_cli.distillation`, so both compute the same numbers.
+tensor to tensor. The draws are those of `ibmd_cli.method.distillation`, so both compute the same numbers.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibmd_cli.bridges import expand_to
-from ibmd_cli.distillation import Setup, Sources, draw_time, draw_z
-from ibmd_cli.networks import Predictor, UNetConfig, sinusoid
-from ibmd_cli.noise import BatchStreams, Streams
+from ibmd_cli.method.bridges import expand_to
+from ibmd_cli.method.distillation import Setup, Sources, draw_time, draw_z
+from ibmd_cli.method.noise import BatchStreams, Streams
+from ibmd_cli.networks.predictor import Predictor
+from ibmd_cli.networks.unet import UNetConfig, sinusoid
 
 
 class GroupNorm(nn.GroupNorm):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ibmd_cli.networks import UNet, UNetConfig
+from ibmd_cli.networks.unet import UNet, UNetConfig
 
 SIZE, TIME = 64, -173.2868  # pixels; c_noise at the middle of the bridge
 

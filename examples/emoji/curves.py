@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 from train_teacher import TASKS, Pairs
 
-from ibmd_cli.config import DistillConfig, differences, load_presets
-from ibmd_cli.distillation import Sources
 from ibmd_cli.errors import UsageError
-from ibmd_cli.files import atomic_file
-from ibmd_cli.markup import HEIGHT, LEFT, WIDTH, across, chart, polyline, upwards
-from ibmd_cli.metrics import energy_score
-from ibmd_cli.models import Student, load_model, read_json
-from ibmd_cli.noise import stream
+from ibmd_cli.files import atomic_file, read_json
+from ibmd_cli.html import HEIGHT, LEFT, WIDTH, across, chart, polyline, upwards
+from ibmd_cli.method.distillation import Sources
+from ibmd_cli.method.noise import stream
+from ibmd_cli.metrics.scores import energy_score
+from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.model import Student
+from ibmd_cli.models.teachers import load_teacher
 from ibmd_cli.reporting import Reporter
-from ibmd_cli.teachers import load_teacher
-from ibmd_cli.training import distill
+from ibmd_cli.training.config import DistillConfig, differences, load_presets
+from ibmd_cli.training.loop import distill
 
 TASK = "outline2emoji"
 TEACHER = f"builtin:{TASK}"

@@ -17,9 +17,11 @@ from torch import Tensor
 from train_teacher import TASKS, Pairs
 
 from ibmd_cli import __version__
-from ibmd_cli.images import to_uint8
-from ibmd_cli.models import FORMAT_VERSION, Teacher, assets, load_model, save_model
-from ibmd_cli.networks import make_predictor
+from ibmd_cli.files import assets
+from ibmd_cli.images.fit import to_uint8
+from ibmd_cli.models.folder import FORMAT_VERSION, load_model, save_model
+from ibmd_cli.models.model import Teacher
+from ibmd_cli.networks.predictor import make_predictor
 
 CARD = """\
 ---

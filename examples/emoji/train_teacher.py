@@ -19,13 +19,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from teaching import train
 
-from ibmd_cli.bridges import Bridge, I2SBBridge, VPBridge
-from ibmd_cli.degradations import degrade
-from ibmd_cli.distillation import Setup, Sources, bridge_loss
-from ibmd_cli.metrics import energy_score
-from ibmd_cli.networks import Preconditioning, Predictor, UNetConfig
-from ibmd_cli.noise import stream
-from ibmd_cli.samplers import sample_teacher
+from ibmd_cli.data.degradations import degrade
+from ibmd_cli.method.bridges import Bridge, I2SBBridge, VPBridge
+from ibmd_cli.method.distillation import Setup, Sources, bridge_loss
+from ibmd_cli.method.noise import stream
+from ibmd_cli.metrics.scores import energy_score
+from ibmd_cli.models.samplers import sample_teacher
+from ibmd_cli.networks.predictor import Preconditioning, Predictor
+from ibmd_cli.networks.unet import UNetConfig
 
 
 @dataclass(frozen=True)

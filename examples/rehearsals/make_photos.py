@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ibmd_cli.degradations import degrade
-from ibmd_cli.images import to_uint8
+from ibmd_cli.data.degradations import degrade
+from ibmd_cli.images.fit import to_uint8
 
 PACKAGE = "gcompris-qt-data"
 CLASSES = {

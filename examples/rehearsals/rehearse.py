@@ -28,17 +28,21 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from teaching import train
 
-from ibmd_cli import __version__, metrics
-from ibmd_cli.degradations import degrade, draw_masks, fill_hole
-from ibmd_cli.distances import kid_terms
-from ibmd_cli.distillation import Setup, Sources, bridge_loss
-from ibmd_cli.features import EffLite0
-from ibmd_cli.hub import published
-from ibmd_cli.images import find_images, read_image, to_uint8
-from ibmd_cli.models import FORMAT_VERSION, Student, Teacher, load_model, save_model
-from ibmd_cli.mosaics import labelled_grid
-from ibmd_cli.networks import Predictor, make_predictor
-from ibmd_cli.noise import stream
+from ibmd_cli import __version__
+from ibmd_cli.data.degradations import degrade, draw_masks, fill_hole
+from ibmd_cli.images.decode import read_image
+from ibmd_cli.images.find import find_images
+from ibmd_cli.images.fit import to_uint8
+from ibmd_cli.images.grids import labelled_grid
+from ibmd_cli.method.distillation import Setup, Sources, bridge_loss
+from ibmd_cli.method.noise import stream
+from ibmd_cli.metrics import scores
+from ibmd_cli.metrics.distances import kid_terms
+from ibmd_cli.metrics.features import EffLite0
+from ibmd_cli.models.catalogue import published
+from ibmd_cli.models.folder import FORMAT_VERSION, load_model, save_model
+from ibmd_cli.models.model import Student, Teacher
+from ibmd_cli.networks.predictor import Predictor, make_predictor
 
 SIZE = 32
 """Pixels."""
@@ -307,17 +311,17 @@ def evaluate(name: str, args: argparse.Namespace) -> None:
         model: torch.stack([translate_all(f, photos, rows, model, draw) for draw in range(SAMPLES)])
         for model, f in models.items()
     }
-    weights = metrics.resamples(len(names), metrics.RESAMPLES, stream(0, "bootstrap")).repeat_interleave(
+    weights = scores.resamples(len(names), scores.RESAMPLES, stream(0, "bootstrap")).repeat_interleave(
         args.per_photo, 1
     )
     terms = {model: score(x, truth, hole=source.mask is not None) for model, x in samples.items()}
     result: dict[str, Any] = {"row": name, "nfe": row.nfe, "photos": len(names), "squares": len(rows)}
     for measure in terms["student"]:
-        result[measure] = {m: metrics.estimate(terms[m][measure], weights)._asdict() for m in models}
+        result[measure] = {m: scores.estimate(terms[m][measure], weights)._asdict() for m in models}
         for model in ("teacher1", "teacher10"):
             difference = terms["student"][measure] - terms[model][measure]
-            result[measure][f"student − {model}"] = metrics.estimate(difference, weights)._asdict()
-    log = [json.loads(line) for line in (args.out / name / "metrics.jsonl").read_text().splitlines()]
+            result[measure][f"student − {model}"] = scores.estimate(difference, weights)._asdict()
+    log = [json.loads(line) for line in (args.out / name / "scores.jsonl").read_text().splitlines()]
     result["steps"] = log[-1]["step"]
     picks = torch.linspace(0, len(rows) - 1, SHOWN + 2)[1:-1].round().long()
     shown = [to_uint8(source.x_T), *(samples[model][0] for model in models), truth]
@@ -354,9 +358,9 @@ def score(images: Tensor, true_images: Tensor, hole: bool) -> dict[str, Tensor]:
         samples, truth = samples[..., half, half], truth[..., half, half]
     return {
         "kid_efflite0": 1000 * kid_terms(torch.stack([features(x) for x in images]), features(true_images)),
-        "energy_score": metrics.energy_score(samples, truth, pool=1),
-        "psnr": metrics.psnr(samples, truth),
-        "diversity": metrics.diversity(samples),
+        "energy_score": scores.energy_score(samples, truth, pool=1),
+        "psnr": scores.psnr(samples, truth),
+        "diversity": scores.diversity(samples),
     }
 
 

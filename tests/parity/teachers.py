@@ -6,8 +6,9 @@ import torch
 from parity.rule import families, image, noise, rule_weights
 from torch import Tensor
 
-from ibmd_cli.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge
-from ibmd_cli.networks import Preconditioning, Predictor, UNetConfig
+from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge
+from ibmd_cli.networks.predictor import Preconditioning, Predictor
+from ibmd_cli.networks.unet import UNetConfig
 
 BRIDGES = {
     "ddbm_vp": VPBridge(),

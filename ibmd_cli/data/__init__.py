@@ -1,0 +1,1 @@
+"""Training and evaluation data: folders, pairs, data sets, degradations, embedded pictures."""

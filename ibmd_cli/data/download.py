@@ -1,0 +1,323 @@
+"""Data sets of the published teachers (`dataset:NAME`, `datasets.toml`): fetched once, into the cache, when asked.
+
+An archive is taken up where a transfer broke, verified, and unpacked: what is not needed is left in it, and no member
+can be written outside of its folder. The data set appears in the cache whole or not at all.
+"""
+
+import fcntl
+import fnmatch
+import gzip
+import hashlib
+import io
+import shutil
+import sys
+import tarfile
+import time
+import tomllib
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from ibmd_cli import __version__
+from ibmd_cli.data.datasets import read_normals
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
+from ibmd_cli.files import FULL, atomic_folder, why
+from ibmd_cli.hub import MB, cache_folder
+from ibmd_cli.reporting import Meter, Reporter
+
+TABLE = Path(__file__).parent / "datasets.toml"
+PASSING = (408, 429, 500, 502, 503, 504)
+"""What a server says when it is busy."""
+TRIES = 5
+"""In a row, without a byte in between."""
+PAUSE = 2.0  # seconds between them
+BLOCK = 1 << 20  # bytes
+
+
+def data_sets() -> dict[str, dict[str, Any]]:
+    """Return the row of each data set by its name (`datasets.toml`, which says what the keys mean)."""
+    return tomllib.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def data_folder(name: str) -> Path:
+    """Return the folder of a data set in the cache.
+
+    Raises:
+        NotAvailable: it is not there.
+    """
+    row, folder = data_sets()[name], _place(name)
+    if not folder.is_dir():
+        raise NotAvailable(_absent(name, row))
+    return folder
+
+
+def to_fetch(references: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what is still to be fetched of `dataset:` references: where it is, and about how many bytes."""
+    missing = [name for name in _names(references) if not _place(name).is_dir()]
+    rows = [data_sets()[name] for name in missing]
+    return [
+        {
+            "files": [row["url"].rpartition("/")[2]] if row["url"] else [row["title"]],
+            "url": row["url"].rpartition("/")[0] or row["page"],
+            "bytes": row["bytes"],
+            "licence": row["licence"],
+            "how": "by ibmd" if row["url"] else "by hand",
+        }
+        for row in rows
+    ]
+
+
+def fetch(references: Sequence[str], reporter: Reporter, yes: bool) -> None:
+    """Fetch the data sets among `references` that are not in the cache.
+
+    Args:
+        references: of `--data`; others than `dataset:NAME` are left alone.
+        reporter: for notes and progress.
+        yes: do not ask.
+
+    Raises:
+        NotAvailable: one must be got by hand; or it is not there any more, or there is no network.
+        UsageError: the user does not agree, or there is no terminal to ask at.
+        IbmdError: it came damaged, or the disk is full.
+    """
+    for name in _names(references):
+        row = data_sets()[name]
+        if _place(name).is_dir():
+            continue
+        if not row["url"]:
+            raise NotAvailable(_absent(name, row))
+        _ask(name, row, reporter, yes)
+        try:
+            with _alone(_place(name), reporter):
+                if not _place(name).is_dir():  # another process may have fetched it in the meantime
+                    _fetch(name, row, reporter)
+        except OSError as error:
+            if error.errno in FULL:
+                raise _no_space(name, str(error)) from error
+            raise IbmdError(f"dataset:{name}: cannot be written {why(error)}") from error
+
+
+def _names(references: Sequence[str]) -> list[str]:
+    names = (reference.removeprefix("dataset:") for reference in references if reference.startswith("dataset:"))
+    return [name for name in names if name in data_sets()]  # an unknown one `data.check_sources` refuses
+
+
+def _place(name: str) -> Path:
+    return cache_folder() / "datasets" / name / "images"
+
+
+def _absent(name: str, row: dict[str, Any]) -> str:
+    if row["url"]:
+        return f"dataset:{name}: not fetched yet: ibmd distill --data dataset:{name} --yes fetches {_summary(row)}"
+    return f"dataset:{name}: {_summary(row)}: it may not be passed on: {row['how']}; see {row['page']}"
+
+
+def _summary(row: dict[str, Any]) -> str:
+    return f"{row['title']}, about {row['bytes'] / 1e9:.1f} GB, licence: {row['licence']}"
+
+
+def _ask(name: str, row: dict[str, Any], reporter: Reporter, yes: bool) -> None:
+    """Say what would be fetched, and go on only if the user agrees."""
+    folder = _place(name).parent
+    what = f"dataset:{name}: {_summary(row)}, from {row['url']} into {folder} (IBMD_CACHE names another place)"
+    if yes:
+        reporter.note(what)
+    elif not sys.stdin.isatty():
+        raise UsageError(f"{what}: add --yes to fetch it")
+    elif reporter.console.input(f"{what}\nFetch it? [y/N] ", markup=False).strip().lower() not in ("y", "yes"):
+        raise UsageError(f"dataset:{name}: not fetched; give your own images: --data FOLDER")
+
+
+@contextmanager
+def _alone(place: Path, reporter: Reporter) -> Iterator[None]:
+    """Hold a data set against other processes."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name("lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reporter.note(f"another process fetches dataset:{place.parent.name}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in place.parent.glob(".ibmd-*"):  # of a process that was killed
+            shutil.rmtree(left)
+        yield
+
+
+def _fetch(name: str, row: dict[str, Any], reporter: Reporter) -> None:
+    place = _place(name)
+    archive = place.with_name(row["url"].rpartition("/")[2] + ".part")
+    done = archive.stat().st_size if archive.exists() else 0
+    need, free = row["bytes"] - done + row["kept"], shutil.disk_usage(place.parent).free
+    if free < need:
+        raise _no_space(name, f"{need / 1e9:.1f} GB are needed in {place.parent}, {free / 1e9:.1f} GB are free")
+    download(row["url"], archive, reporter)
+    if row["md5"]:
+        _verify(archive, row["md5"], reporter)
+    with atomic_folder(place) as new:
+        count = unpack(archive, new, row["members"], row["normals"], reporter)
+        if row["images"] not in (0, count):
+            archive.unlink()
+            raise IbmdError(f"{row['url']}: {count} images in it, expected {row['images']}: deleted; try again")
+    archive.unlink()
+    archive.with_suffix(".tag").unlink(missing_ok=True)
+    reporter.note(f"dataset:{name}: {count} images in {place}")
+
+
+def _no_space(name: str, said: str) -> IbmdError:
+    return IbmdError(f"dataset:{name}: the disk is full ({said}): make room, or set IBMD_CACHE to a folder elsewhere")
+
+
+# ------------------------------------------------------------------------------------------------------- transfer
+
+
+def download(url: str, path: Path, reporter: Reporter) -> None:
+    """Fetch a file of any size, from where an earlier transfer of it broke.
+
+    Of libraries at hand, huggingface_hub's function takes at most 50 GB without the Hub's own protocol, and pooch
+    begins anew when a transfer breaks.
+
+    Args:
+        url: of the file.
+        path: where to write it; what is there is taken for its beginning, if the server says that it has not changed.
+        reporter: for progress.
+
+    Raises:
+        NotAvailable: the server does not have it, or cannot be reached.
+        OSError: it cannot be written.
+    """
+    tag, tries = path.with_suffix(".tag"), TRIES
+    while tries:
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with _open(url, before, tag) as response:
+                if response is None or _receive(response, path, tag, reporter):
+                    return
+            said = "the connection broke"
+        except HTTPError as error:
+            said = f"the server says {error.code} {error.reason}"
+            if error.code not in PASSING:
+                raise NotAvailable(f"{url}: {said}: is it still there?") from error
+        except (HTTPException, URLError, TimeoutError, ConnectionError) as error:
+            said = str(error) or type(error).__name__
+        grown = (path.stat().st_size if path.exists() else 0) > before
+        tries = TRIES if grown else tries - 1
+        time.sleep(PAUSE)
+    raise NotAvailable(f"{url}: {said}: is there a network? The same command goes on where it broke")
+
+
+@contextmanager
+def _open(url: str, start: int, tag: Path) -> Iterator[HTTPResponse | None]:
+    """Ask for a file from byte `start` on; None if there is no more of it."""
+    headers = {"User-Agent": f"ibmd/{__version__}", "Range": f"bytes={start}-"}
+    if start and tag.exists() and (mark := tag.read_text()):
+        headers["If-Range"] = mark  # if it has changed, all of it comes
+    try:
+        response = urlopen(Request(url, headers=headers), timeout=60)
+    except HTTPError as error:
+        if error.code == 416 and error.headers.get("Content-Range", "").rpartition("/")[2] == str(start):
+            yield None
+            return
+        raise
+    with response:
+        yield response
+
+
+def _receive(response: HTTPResponse, path: Path, tag: Path, reporter: Reporter) -> bool:
+    """Write what comes to the end of `path`, or over it if it comes from the start; tell whether all of it came."""
+    start = 0
+    if response.status == 206:
+        start = int(response.headers["Content-Range"].removeprefix("bytes ").partition("-")[0])
+    length = response.headers.get("Content-Length")
+    end = None if length is None else start + int(length)
+    mark = response.headers.get("ETag", "W/")
+    if mark.startswith("W/"):  # a weak one does not tell whether the bytes are the same
+        mark = response.headers.get("Last-Modified", "")
+    tag.write_text(mark)
+    with (
+        path.open("r+b" if path.exists() else "wb") as file,
+        reporter.progress(path.name.removesuffix(".part"), (end or 0) // MB, "MB", start // MB) as meter,
+    ):
+        file.seek(start)
+        file.truncate()
+        at = start
+        while block := _read(response):
+            file.write(block)
+            _advance(meter, at, at + len(block))
+            at += len(block)
+    return end in (None, at)
+
+
+def _read(response: HTTPResponse) -> bytes:
+    try:
+        return response.read(BLOCK)
+    except OSError as error:  # not of the disk
+        raise URLError(error) from error
+
+
+def _advance(meter: Meter, before: int, after: int) -> None:
+    if megabytes := after // MB - before // MB:
+        meter.advance(megabytes)
+
+
+def _verify(file: Path, md5: str, reporter: Reporter) -> None:
+    reporter.note(f"verifying {file.name}")
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != md5:
+        file.unlink()
+        raise IbmdError(f"{file.name}: its MD5 is {found}, expected {md5}: deleted; try again")
+
+
+def unpack(archive: Path, folder: Path, members: str, normals: int, reporter: Reporter) -> int:
+    """Unpack the members of an archive that are wanted, and return how many there were.
+
+    Args:
+        archive: .tar.gz.
+        folder: to write into.
+        members: pattern of the names that are wanted.
+        normals: size of the pictures that surface normals are made into; 0: files are kept as they are.
+        reporter: for progress.
+
+    Raises:
+        IbmdError: the archive is damaged, or would write elsewhere.
+    """
+    count = 0
+    try:
+        with (
+            archive.open("rb") as stream,
+            gzip.GzipFile(fileobj=stream) as plain,  # tarfile's own reader never looks at the checksum
+            tarfile.open(fileobj=plain, mode="r|") as tar,
+        ):
+            size = archive.stat().st_size // MB
+            with reporter.progress("unpacking", size, "MB") as meter:
+                at = 0
+                for member in tar:
+                    if member.isfile() and fnmatch.fnmatchcase(member.name, members):
+                        _unpack(tar, tarfile.data_filter(member, str(folder)), folder, normals)
+                        count += 1
+                    now = stream.tell()
+                    _advance(meter, at, now)
+                    at = now
+                while plain.read(BLOCK):  # the checksum stands at the end
+                    pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        archive.unlink()
+        raise IbmdError(f"{archive.name}: damaged ({error}): deleted; try again") from error
+    return count
+
+
+def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, normals: int) -> None:
+    content = tar.extractfile(member)
+    assert content is not None  # of a regular file
+    path = folder / PurePosixPath(member.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if normals:
+        read_normals(io.BytesIO(content.read()), member.name, normals).save(path.with_suffix(".png"))
+        return
+    with path.open("wb") as file:
+        shutil.copyfileobj(content, file)

@@ -1,0 +1,419 @@
+"""`ibmd eval`: students against their teacher on held-out pairs, with the same code, inputs and noise.
+
+Every model translates the same sources; samples become uint8, as a saved image would be, before anything is measured.
+Models take turns batch by batch, so that a change in the machine's load meets all of them, and the noise of an image
+depends on seed, name and sample alone. What was measured of a batch is a file (`measuring`), so that an interrupted
+evaluation continues and several processes share the work; `scoring` makes the results of all files.
+"""
+
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from os import environ
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ibmd_cli import __version__
+from ibmd_cli.data.pairs import Pairs, batches, open_pairs
+from ibmd_cli.devices import resolve_device
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
+from ibmd_cli.evaluation import pictures, summary
+from ibmd_cli.evaluation.fid_reference import read_reference
+from ibmd_cli.evaluation.measure import Entry, Measurement, Parts, measure
+from ibmd_cli.evaluation.protocols import Protocol, find_protocol
+from ibmd_cli.evaluation.report import write_report
+from ibmd_cli.files import atomic_file, sha256
+from ibmd_cli.images.decode import shown
+from ibmd_cli.metrics.features import Network, load_network
+from ibmd_cli.metrics.scores import DEFAULT, METRICS
+from ibmd_cli.metrics.weights import check_given, locate
+from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.model import Model, Student
+from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.reporting import Reporter
+
+BUILTIN = "builtin:outline2emoji"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated, and how.
+
+    Attributes:
+        student: references of the students, or ("none",).
+        teacher: reference of the teacher, "none", or None for the one that the first student was distilled from.
+        teacher_nfe: numbers of network calls at which the teacher is sampled.
+        preset: alias of the published teacher that a checkpoint is like, where its contents cannot tell.
+        data: see `pairs.open_pairs`; None for the test pairs of the embedded teacher that is measured, or that the
+            student was distilled from.
+        samples: m, draws for each source (one for a model without randomness); None: 4, or 1 with a protocol.
+        batch_size: most images at a time.
+        seed: of all randomness.
+        device: name of the device.
+        out: folder for results.json, report and pictures, or None.
+        protocol: key of `protocols.protocols()`, or None.
+        metrics: keys of `METRICS`; empty for the protocol's, or for `DEFAULT`.
+        seeds: how many times all samples are drawn, with successive seeds.
+        weights: files and folders where weights of networks may be, see `weights.locate`.
+        fetch: download weights that are not there.
+        reference: images, or their statistics, that the FID compares with; None for the targets.
+        degrade: makes sources of clean images; None for what the protocol says, "none" for pairs.
+        masks: file of the free-form masks.
+        labels: CSV file of classes.
+        fit: "crop" brings images to the model's size; "none" refuses others.
+    """
+
+    student: tuple[str, ...] = (BUILTIN,)
+    teacher: str | None = None
+    teacher_nfe: tuple[int, ...] = (1, 5, 20, 100)
+    preset: str | None = None
+    data: str | None = None
+    samples: int | None = None
+    batch_size: int = 64
+    seed: int = 0
+    device: str = "auto"
+    out: Path | None = None
+    protocol: str | None = None
+    metrics: tuple[str, ...] = ()
+    seeds: int = 1
+    weights: tuple[Path, ...] = ()
+    fetch: bool = False
+    reference: Path | None = None
+    degrade: str | None = None
+    masks: str = ""
+    labels: str = ""
+    fit: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.student == ("none",) and self.teacher == "none":
+            raise UsageError("--student none --teacher none: nothing to evaluate: name one of them")
+        if len(set(self.student)) < len(self.student) or ("none" in self.student and len(self.student) > 1):
+            raise UsageError(f"--student {' --student '.join(self.student)}: expected different students")
+        if min(self.teacher_nfe, default=0) < 1:
+            raise UsageError(f"--teacher-nfe {min(self.teacher_nfe, default=0)}: expected at least 1")
+        for flag, value in (("samples", self.samples), ("batch-size", self.batch_size), ("seeds", self.seeds)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{flag} {value}: expected at least 1")
+        for name in self.metrics:
+            if name not in METRICS:
+                raise UsageError(f"--metric {name}: no such metric: {nearest(name, METRICS)}")
+
+
+def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
+    """Measure students and a teacher on pairs.
+
+    Run in several processes (`accelerate launch`, `--processes`), each measures a share; `out` is needed then.
+
+    Args:
+        config: what and how.
+        reporter: for notes and progress.
+
+    Returns:
+        The content of results.json; nothing in any but the first of several processes.
+
+    Raises:
+        NotAvailable: no such model, data or weights, or the extra `eval` is not installed.
+        UsageError: a setting that does not go with the others.
+        IbmdError: pairs that do not match or are too few, images of another size than the models', `out` in use.
+    """
+    rank, count = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    if count > 1 and config.out is None:
+        raise UsageError("--processes: several processes need --out FOLDER, where they put what they measure")
+    if config.out is not None and rank == 0:
+        _check_out(config.out)
+    protocol = find_protocol(config.protocol)
+    check_given(config.weights)
+    device = resolve_device(config.device)
+    if count > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(environ.get("LOCAL_RANK", "0")))
+    samples = config.samples or (4 if protocol is None else 1)
+    entries = load_entries(config, samples, device, reporter)
+    data = config.data or _own_data(entries)
+    pairs = _open(config, protocol, data, entries)
+    names, networks, left_out = choose_metrics(config, protocol, pairs, samples, device, reporter, entries)
+    if config.reference is not None and "fid" not in (*names, *left_out):
+        raise UsageError(f"--reference {config.reference}: is of the FID, which is not measured: add --metric fid")
+    measurement = Measurement(
+        metrics=tuple(names),
+        seed=config.seed,
+        seeds=config.seeds,
+        pool=_pool(entries, pairs),
+        truncate=protocol is not None and protocol.uint8 == "truncate",
+        enlarge=(protocol.enlarge or None) if protocol else None,
+    )
+    reference = None
+    if config.reference is not None and "fid" in names and rank == 0:
+        reference = read_reference(config.reference, networks["inception"], reporter)
+    rows = batches(len(pairs.names), config.batch_size)
+    plan = {
+        "ibmd_version": __version__,
+        "rows": [[e.kind, e.reference, e.sha256, e.nfe, e.samples] for e in entries],
+        "data": [data, pairs.digest, pairs.degradation, config.fit, config.masks, config.labels],
+        "batches": len(rows),
+        "networks": {name: network.about + network.weights for name, network in networks.items()},
+        "measurement": asdict(measurement),
+    }
+    with _together(count), _parts(config.out, json.loads(json.dumps(plan)), rank) as parts:
+        _wait(count)
+        reporter.note(f"evaluating on {len(pairs.names)} pairs of {data}, device {device}")
+        measure(entries, pairs, rows, networks, measurement, parts, device, reporter, rank, count)
+        _wait(count)
+        if rank > 0:
+            return {}
+        context = {
+            "command": shlex.join(["ibmd", *sys.argv[1:]]),
+            "settings": _settings(config, data, pairs, entries, samples, device, count, len(rows[0])),
+            "left_out": left_out,
+        }
+        results, terms = summary.summarise(
+            entries, pairs.names, measurement, networks, parts, context, protocol, reference
+        )
+        results = _spelled(results)
+        if config.out is not None:
+            chosen = pictures.choose(terms, len(pairs.names))
+            results |= pictures.write(config.out, chosen, terms, entries, pairs, measurement, device)
+            summary.write_scores(config.out / "scores.csv", pairs.names, terms)
+            with atomic_file(config.out / "results.json") as new:
+                new.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            write_report(config.out, results)
+            reporter.note(f"wrote {config.out / 'report.html'}, with results.json and pictures beside it")
+        return results
+
+
+def _spelled(results: Any) -> Any:
+    """Spell all texts of results as names of files are spelled: UTF-8 has no place for some of their bytes."""
+    if isinstance(results, dict):
+        return {key: _spelled(value) for key, value in results.items()}
+    if isinstance(results, list):
+        return [_spelled(value) for value in results]
+    return shown(results) if isinstance(results, str) else results
+
+
+def _settings(
+    config: EvalConfig,
+    data: str,
+    pairs: Pairs,
+    entries: list[Entry],
+    samples: int,
+    device: torch.device,
+    processes: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Return the settings that the results are of."""
+    return {
+        "data": data,
+        "images": len(pairs.names),
+        "size": [entries[0].model.image_size] * 2,
+        "samples": samples,
+        "seed": config.seed,
+        "seeds": config.seeds,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "batch_size": batch_size,
+        "protocol": config.protocol,
+        "reference": None if config.reference is None else str(config.reference),
+        "degrade": pairs.degradation or None,
+        "torch": torch.__version__,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+
+def load_entries(config: EvalConfig, samples: int, device: torch.device, reporter: Reporter) -> list[Entry]:
+    """Load the models and list what is measured: the students, then the teacher at each number of calls."""
+    entries = []
+    reference, preset = config.teacher, config.preset
+    named = [name for name in config.student if name != "none"]
+    for i, name in enumerate(named):
+        student = load_model(name, "student")
+        assert isinstance(student, Student)
+        random = student.nfe > 1 or student.setup.noise_shape is not None
+        label = "student" if len(named) == 1 else f"student {chr(ord('A') + i)}"
+        entries.append(Entry(student, label, name, _digest(student), student.nfe, samples if random else 1))
+        if i == 0 and reference is None:
+            reference = student.config["teacher"]["reference"]
+            preset = preset or student.config["training"].get("preset") or None
+    if reference != "none":
+        reference = reference or BUILTIN
+        try:
+            teacher = load_teacher(reference, preset=preset, quiet=reporter.quiet)
+        except NotAvailable as error:
+            if config.teacher is not None or not named:
+                raise
+            raise NotAvailable(f"the student's teacher: {error}; name it with --teacher (or none)") from error
+        digest = _digest(teacher)
+        for entry in entries:
+            if entry.model.config["teacher"]["sha256"] not in (None, digest):
+                reporter.warn(
+                    f"{entry.reference} was distilled from another teacher, or other weights, than {reference}"
+                )
+        for nfe in sorted({teacher.network_calls(nfe) for nfe in config.teacher_nfe}):
+            entries.append(Entry(teacher, "teacher", reference, digest, nfe, samples if nfe > 1 else 1))
+    first = entries[0].model
+    for entry in entries:
+        if (other := entry.model.image_size) != first.image_size:
+            size = first.image_size
+            raise IbmdError(f"{entry.reference}: for images of {other}×{other}, {entries[0].label} for {size}×{size}")
+        for key in ("classes", "mask"):
+            if bool(entry.model.config[key]) != bool(first.config[key]):
+                raise IbmdError(f"{entry.reference}: with {key}, or without, unlike {entries[0].reference}")
+        entry.model.to(device)
+    return entries
+
+
+def _digest(model: Model) -> str:
+    assert model.weights is not None
+    return sha256(model.weights)
+
+
+def _own_data(entries: list[Entry]) -> str:
+    """Return the embedded data that belong to the models."""
+    for entry in entries:
+        reference = entry.reference if entry.kind == "teacher" else entry.model.config["teacher"]["reference"]
+        if reference.startswith("builtin:"):
+            return reference
+    raise UsageError("--data: no test pairs belong to these models: give a folder with source/ and target/")
+
+
+def _pool(entries: list[Entry], pairs: Pairs) -> int:
+    """Return the pooling of the energy score: none for super-resolution, whose sources give the pooled pixels away."""
+    return 1 if entries[0].model.source_scale > 1 or pairs.degradation.startswith("sr4x") else 4
+
+
+def _open(config: EvalConfig, protocol: Protocol | None, data: str, entries: list[Entry]) -> Pairs:
+    model = entries[0].model.config
+    degrade = config.degrade if config.degrade is not None else protocol.degrade if protocol else ""
+    if degrade == "teacher":
+        degrade = model.get("degradation") or ""
+        if not degrade:
+            raise UsageError(f"--protocol {config.protocol}: {model['name']} names no degradation: give --degrade NAME")
+    side_by_side = not data.startswith("builtin:") and not (Path(data) / "source").is_dir()
+    return open_pairs(
+        data,
+        model,
+        degrade="" if degrade == "none" else degrade,
+        masks=config.masks,
+        labels=config.labels,
+        layout=protocol.layout if protocol and side_by_side and config.degrade is None else "",
+        crop=config.fit == "crop",
+        seed=config.seed,
+    )
+
+
+def choose_metrics(
+    config: EvalConfig,
+    protocol: Protocol | None,
+    pairs: Pairs,
+    samples: int,
+    device: torch.device,
+    reporter: Reporter,
+    entries: list[Entry],
+) -> tuple[list[str], dict[str, Network], dict[str, str]]:
+    """Choose what is measured, and load the networks for it.
+
+    Returns:
+        Names of metrics, in the order of `METRICS`; networks by name; and the metrics that are left out, with the
+        reason in one line.
+
+    Raises:
+        NotAvailable: a network of the extra `eval` is not installed, or nothing is left.
+        IbmdError: too few images for a metric that was asked for by its name.
+    """
+    asked = config.metrics or (protocol.metrics if protocol else DEFAULT)
+    size, mode = entries[0].model.image_size, protocol.inception if protocol else "tensorflow"
+    enlarge = (protocol.enlarge or None) if protocol else None
+
+    def find(file: str) -> Path:
+        return locate(file, config.weights, config.fetch, reporter.quiet)
+
+    names, networks, left_out = [], dict[str, Network](), dict[str, str]()
+    for name in (name for name in METRICS if name in asked):
+        metric = METRICS[name]
+        reason = _hindrance(name, len(pairs.names), size, samples, pairs.classes)
+        if reason and len(pairs.names) < metric.needs and (name in config.metrics or name in DEFAULT):
+            raise IbmdError(f"{config.data or 'the data'}: {reason}")
+        if not reason and metric.network and metric.network not in networks:
+            try:
+                networks[metric.network] = load_network(metric.network, device, mode, enlarge, find)
+            except NotAvailable as error:
+                if metric.network == "efflite0":
+                    raise
+                reason = str(error)
+            else:
+                if size < networks[metric.network].smallest:
+                    reason = f"needs images of at least {networks.pop(metric.network).smallest} pixels"
+        if reason:
+            left_out[name] = reason
+            reporter.note(f"left out: {name}: {reason}")
+        else:
+            names.append(name)
+    if not names:
+        raise NotAvailable(f"nothing is left to measure: {'; '.join(f'{n}: {why}' for n, why in left_out.items())}")
+    return names, networks, left_out
+
+
+def _hindrance(name: str, images: int, size: int, samples: int, classes: bool) -> str | None:
+    """Say why a score cannot be measured on these data."""
+    needs = METRICS[name].needs
+    if images < needs:
+        return f"{images} pairs are too few for {name}: {needs} are needed"
+    if name in ("energy_score", "diversity") and samples < 2:
+        return f"{name} needs --samples 2 or more"
+    if name == "ssim" and size < 11:
+        return "ssim needs images of at least 11 pixels"
+    if name == "resnet50_accuracy" and not classes:
+        return "the true classes are not known: give --labels FILE, or clean images in a folder for each class"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- parts, processes
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that holds something else than a part of an evaluation."""
+    if (out / "results.json").is_file() and not (out / "parts").is_dir():
+        raise IbmdError(f"{out}: holds a finished evaluation (results.json); give another --out, or remove it")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "parts").is_dir())):
+        raise IbmdError(f"{out}: exists and is not an empty folder; give another --out")
+
+
+@contextmanager
+def _parts(out: Path | None, plan: dict[str, Any], rank: int) -> Iterator[Parts]:
+    """Give the folder of what is measured: `out`/parts, which is removed at the end, or a temporary one."""
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Parts(Path(folder), plan)
+        return
+    parts = Parts(out / "parts", plan)
+    if rank == 0:
+        parts.begin()
+    yield parts
+    if rank == 0:
+        parts.remove()
+
+
+@contextmanager
+def _together(count: int) -> Iterator[None]:
+    """Let processes wait for one another."""
+    if count == 1:
+        yield
+        return
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _wait(count: int) -> None:
+    if count > 1:
+        torch.distributed.barrier()

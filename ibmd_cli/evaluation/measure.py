@@ -1,0 +1,329 @@
+"""What is measured of each batch of an evaluation, and the files in which it is kept until all are there."""
+
+import ctypes
+import json
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ibmd_cli.data.pairs import Batch, Pairs, floats
+from ibmd_cli.devices import forget_peak, peak_memory
+from ibmd_cli.errors import IbmdError
+from ibmd_cli.files import atomic_file
+from ibmd_cli.images.fit import to_uint8
+from ibmd_cli.method.distillation import Sources
+from ibmd_cli.method.noise import stream
+from ibmd_cli.metrics import scores
+from ibmd_cli.metrics.features import Network, Seen, enlarged
+from ibmd_cli.metrics.scores import METRICS
+from ibmd_cli.models.model import Student, Teacher
+from ibmd_cli.reporting import Reporter
+
+PIXELS = {"psnr": scores.psnr, "ssim": scores.ssim, "mse": scores.mse}
+"""Paired scores of pixels: samples (m, B, C, H, W), truth (B, C, H, W) → (B,)."""
+
+
+@dataclass
+class Entry:
+    """A model at a number of network calls: a row of the results.
+
+    Attributes:
+        model: teacher or student.
+        label: what it is called: "teacher", "student", "student A", …
+        reference: what it was loaded by.
+        sha256: of its weights.
+        nfe: network calls per image.
+        samples: draws for each source.
+    """
+
+    model: Teacher | Student
+    label: str
+    reference: str
+    sha256: str
+    nfe: int
+    samples: int
+
+    @property
+    def kind(self) -> str:
+        """Return "teacher" or "student"."""
+        return "teacher" if isinstance(self.model, Teacher) else "student"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How samples are drawn and compared.
+
+    Attributes:
+        metrics: keys of `METRICS`.
+        seed: of all noise.
+        seeds: S, how many times all samples are drawn, with successive seeds.
+        pool: of the energy score.
+        truncate: whether samples become bytes by truncation, as in published evaluations, or are rounded.
+        enlarge: side to which images lower than 256 pixels are enlarged before pixels are compared; None: not.
+    """
+
+    metrics: tuple[str, ...]
+    seed: int = 0
+    seeds: int = 1
+    pool: int = 4
+    truncate: bool = False
+    enlarge: int | None = None
+
+    def translate(self, entry: Entry, batch: Batch, device: torch.device, number: int, draw: int) -> Tensor:
+        """Translate sources, uint8 (B, 3, H, W) on the CPU.
+
+        Args:
+            entry: the model.
+            batch: the sources.
+            device: where it runs.
+            number: of the seed, from 0.
+            draw: number of the sample, from 0.
+
+        Raises:
+            IbmdError: the output is not finite.
+        """
+        rng = [stream(self.seed + number, "eval", name, draw) for name in batch.names]
+        given = batch.sources if entry.model.config["classes"] else batch.sources._replace(label=None)
+        label, mask = (v if v is None else v.to(device) for v in given[1:])
+        sources = Sources(given.x_T.to(device), label, mask)
+        if isinstance(entry.model, Teacher):
+            x_0 = entry.model.translate(sources, rng, entry.nfe).cpu()
+        else:
+            x_0 = entry.model.translate(sources, rng).cpu()
+        if not x_0.isfinite().all():
+            raise IbmdError(f"{entry.kind} {entry.reference}: its output is not finite: the weights are damaged")
+        return ((x_0 + 1) * 127.5).clamp(0, 255).to(torch.uint8) if self.truncate else to_uint8(x_0)
+
+
+def measure(
+    entries: list[Entry],
+    pairs: Pairs,
+    batches: list[list[int]],
+    networks: Mapping[str, Network],
+    measurement: Measurement,
+    parts: "Parts",
+    device: torch.device,
+    reporter: Reporter,
+    rank: int = 0,
+    count: int = 1,
+) -> None:
+    """Measure this process's share of the batches, those that were not measured before.
+
+    Args:
+        entries: the models.
+        pairs: the data.
+        batches: numbers of the pairs of each batch.
+        networks: by the names that `METRICS` has for them.
+        measurement: how.
+        parts: where it is kept.
+        device: where models and networks run.
+        reporter: for progress.
+        rank: of this process.
+        count: of processes.
+    """
+    share = range(rank, len(batches), count)
+    todo = [i for i in share if not parts.has(i)]
+    calls = sum(entry.samples * entry.nfe for entry in entries) * measurement.seeds
+    done = sum(len(batches[i]) for i in share) - sum(len(batches[i]) for i in todo)
+    if done:
+        reporter.note(f"{done} pairs were measured before: continuing")
+    peaks: dict[int, float] = {}
+    with reporter.progress("evaluating", calls * sum(len(batches[i]) for i in share), "call", calls * done) as meter:
+        for i in todo:
+            batch = pairs.read(batches[i])
+            if not peaks:  # the first call of a network is slower: not timed
+                peaks = _peaks(entries, batch, measurement, device)
+            part: dict[str, Tensor] = {}
+            drawn = []
+            for k, entry in enumerate(entries):
+                seconds, images = [], []
+                for number in range(measurement.seeds):
+                    draws = []
+                    for draw in range(entry.samples):
+                        began = time.perf_counter()
+                        draws.append(measurement.translate(entry, batch, device, number, draw))
+                        seconds.append((time.perf_counter() - began) / len(batch.names))
+                        meter.advance(len(batch.names) * entry.nfe)
+                    images.append(torch.stack(draws))
+                drawn.append(torch.stack(images))
+                part[f"{k}.seconds"] = torch.tensor(seconds, dtype=torch.float64)
+                part[f"{k}.peak"] = torch.tensor([peaks[id(entry.model)]], dtype=torch.float64)
+            part |= _compare_pixels(drawn, batch.truth, measurement)
+            for name, network in networks.items():
+                part |= _look(name, network, drawn, batch, measurement)
+            parts.write(i, part)
+
+
+def _peaks(entries: list[Entry], batch: Batch, measurement: Measurement, device: torch.device) -> dict[int, float]:
+    """Call each model once, and return the MiB that it took: its weights, and the peak above what there was before."""
+    peaks = {}
+    for entry in {id(e.model): e for e in reversed(entries)}.values():
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system: else it would hide the peak
+        forget_peak(device)
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+        measurement.translate(entry, batch, device, 0, 0)
+        weights = sum(p.numel() * p.element_size() for p in entry.model.predictor.parameters())
+        peaks[id(entry.model)] = (max(0, peak_memory(device) - held) + weights) / 2**20
+    return peaks
+
+
+def _compare_pixels(drawn: list[Tensor], truth: Tensor, how: Measurement) -> dict[str, Tensor]:
+    """Return the scores of pixels: `ROW.METRIC` → (S, B), and `floor.METRIC` → (B,), a target against another one."""
+    part: dict[str, Tensor] = {}
+    y = floats(truth)
+    large = enlarged(y, how.enlarge)
+    for k, images in enumerate(drawn):
+        by_seed = defaultdict(list)
+        for samples in floats(images):
+            if "energy_score" in how.metrics:
+                by_seed["energy_score"].append(scores.energy_score(samples, y, how.pool))
+            if "diversity" in how.metrics:
+                by_seed["diversity"].append(scores.diversity(samples))
+            x = enlarged(samples.flatten(0, 1), how.enlarge).unflatten(0, samples.shape[:2])
+            for name in PIXELS.keys() & how.metrics:
+                by_seed[name].append(PIXELS[name](x, large))
+        part |= {f"{k}.{name}": torch.stack(terms) for name, terms in by_seed.items()}
+    if len(truth) > 1:
+        other = large.roll(1, 0)[None]
+        part |= {f"floor.{name}": PIXELS[name](other, large) for name in PIXELS.keys() & how.metrics}
+    return part
+
+
+def _look(name: str, network: Network, drawn: list[Tensor], batch: Batch, how: Measurement) -> dict[str, Tensor]:
+    """Return what a network tells of a batch, for the scores that need it.
+
+    `ROW.METRIC` → (S, B) and `floor.METRIC` → (B,); `ROW.NETWORK.features` and `.logits` → (S, m, B, D);
+    `truth.NETWORK.features` → (B, D).
+    """
+    kinds = {METRICS[m].compares: m for m in how.metrics if METRICS[m].network == name}
+    pieces: dict[str, list[Tensor]] = defaultdict(list)
+    for rows in torch.arange(len(batch.truth)).split(network.at_once):
+        truth = network(batch.truth[rows])
+        if "features" in kinds:
+            pieces[f"truth.{name}.features"].append(_of(truth.pooled))
+        if "maps" in kinds and len(rows) > 1:
+            others = [layer.roll(1, 0) for layer in truth.maps or []]
+            pieces[f"floor.{kinds['maps']}"].append(network.distance(others, truth.maps or []))
+        for k, images in enumerate(drawn):
+            found: dict[str, list[Tensor]] = defaultdict(list)
+            for x in images[:, :, rows].flatten(0, 1):
+                seen = network(x)
+                if "features" in kinds:
+                    found[f"{name}.features"].append(_of(seen.pooled))
+                if "logits" in kinds:
+                    found[f"{name}.logits"].append(_of(seen.logits))
+                if "maps" in kinds:
+                    found[kinds["maps"]].append(network.distance(seen.maps or [], truth.maps or []))
+                if "classes" in kinds:
+                    found[kinds["classes"]].append(_right(seen, truth, batch.sources.label, rows, name))
+            for key, values in found.items():
+                stacked = torch.stack(values).unflatten(0, images.shape[:2])
+                pieces[f"{k}.{key}"].append(stacked if "." in key else stacked.mean(1))
+    batch_dim = {"features": -2, "logits": -2}
+    return {key: torch.cat(found, dim=batch_dim.get(key.rpartition(".")[2], -1)) for key, found in pieces.items()}
+
+
+def _of(values: Tensor | None) -> Tensor:
+    assert values is not None
+    return values
+
+
+def _right(seen: Seen, truth: Seen, label: Tensor | None, rows: Tensor, network: str) -> Tensor:
+    """Tell of each image whether its class is the true one, or that which the network sees in the target."""
+    expected = label[rows] if network == "resnet50" and label is not None else _of(truth.logits).argmax(1)
+    return (_of(seen.logits).argmax(1) == expected).float()
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+class Parts:
+    """The files of an evaluation: one for each batch, and what they belong to.
+
+    Args:
+        folder: where they are.
+        plan: all that the files depend on, as JSON has it; files of another plan are never mixed with these.
+    """
+
+    def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
+        self.folder, self.plan = folder, plan
+        self.digest = sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+    def begin(self) -> None:
+        """Begin an evaluation, or continue one of the same plan.
+
+        Raises:
+            IbmdError: what is there is of another one; the message says in which respect.
+        """
+        file = self.folder / "plan.json"
+        if any(self.folder.glob("*.safetensors")) and file.is_file():
+            before = json.loads(file.read_text())
+            other = sorted(key for key in self.plan.keys() | before if self.plan.get(key) != before.get(key))
+            if other:
+                raise IbmdError(
+                    f"{self.folder.parent}: holds a part of another evaluation (other {', '.join(other)}): "
+                    "give the same settings to continue it, or another --out"
+                )
+            return
+        with atomic_file(file) as new:
+            new.write_text(json.dumps(self.plan, indent=2))
+
+    def has(self, number: int) -> bool:
+        """Tell whether a batch was measured by this plan."""
+        try:
+            with safe_open(self._file(number), framework="pt") as file:
+                return (file.metadata() or {}).get("plan") == self.digest
+        except (OSError, SafetensorError):
+            return False
+
+    def write(self, number: int, part: dict[str, Tensor]) -> None:
+        """Keep what was measured of a batch."""
+        with atomic_file(self._file(number)) as new:
+            save_file({key: v.contiguous() for key, v in part.items()}, new, {"plan": self.digest})
+
+    def keys(self) -> set[str]:
+        """Return the names of what was measured."""
+        with safe_open(self._file(0), framework="pt") as file:
+            return set(file.keys())
+
+    def batches(self, key: str) -> Iterator[Tensor]:
+        """Yield what was measured of each batch."""
+        for number in range(self.plan["batches"]):
+            with safe_open(self._file(number), framework="pt") as file:
+                if key in file.keys():  # noqa: SIM118
+                    yield file.get_tensor(key)
+
+    def read(self, key: str) -> Tensor:
+        """Join what was measured of all batches: along the last dimension, of features and logits the one before."""
+        dim = -2 if key.endswith((".features", ".logits")) else -1
+        sizes = [batch.shape[dim] for batch in self.batches(key)]
+        whole, at = None, 0
+        for batch, size in zip(self.batches(key), sizes, strict=True):
+            if whole is None:  # filled piece by piece, so that nothing is there twice
+                shape = list(batch.shape)
+                shape[dim] = sum(sizes)
+                whole = torch.empty(shape, dtype=batch.dtype)
+            whole.narrow(dim, at, size).copy_(batch)
+            at += size
+        assert whole is not None
+        return whole
+
+    def remove(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"

@@ -1,0 +1,90 @@
+"""Protocols: how published figures were measured (`protocols.toml`), and what keeps a figure from being compared."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ibmd_cli.errors import UsageError, nearest
+from ibmd_cli.metrics.scores import METRICS
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the figures of a paper were measured; the keys of `protocols.toml`, which says what they mean."""
+
+    name: str
+    images: int
+    size: int
+    data: str
+    split: str
+    layout: str
+    degrade: str
+    uint8: str
+    inception: str
+    reference: str
+    reference_about: str
+    enlarge: int
+    metrics: tuple[str, ...]
+
+
+def protocols() -> dict[str, Protocol]:
+    """Return the protocols by their names."""
+    table = tomllib.loads((Path(__file__).parent / "protocols.toml").read_text(encoding="utf-8"))
+    return {name: Protocol(name=name, **{**row, "metrics": tuple(row["metrics"])}) for name, row in table.items()}
+
+
+def find_protocol(name: str | None) -> Protocol | None:
+    """Return the protocol of a name, or None for None.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    table = protocols()
+    if name is not None and name not in table:
+        raise UsageError(f"--protocol {name}: no such protocol: {nearest(name, table)}")
+    return table[name] if name else None
+
+
+def cautions(
+    names: Sequence[str], protocol: Protocol | None, *, images: int, size: int, samples: int, reference: Path | None
+) -> dict[str, str | None]:
+    """Say of each score why it does not compare with published figures; None if nothing is known to speak against it.
+
+    Args:
+        names: keys of `metrics.METRICS`.
+        protocol: that was followed.
+        images: how many were translated.
+        size: their height and width.
+        samples: draws for each.
+        reference: file or folder of the FID's reference, if it was not the targets.
+    """
+    return {name: _caution(name, protocol, images, size, samples, reference) for name in names}
+
+
+def _caution(
+    name: str, protocol: Protocol | None, images: int, size: int, samples: int, reference: Path | None
+) -> str | None:
+    if own := METRICS[name].caution:
+        return own
+    if protocol is None:
+        return "no --protocol: published figures have images and settings of their own"
+    if name not in protocol.metrics:
+        return f"{protocol.name} does not measure it"
+    reasons = []
+    if images != protocol.images:
+        reasons.append(f"{images} images, {protocol.name} has {protocol.images}")
+    if size != protocol.size:
+        reasons.append(f"{size} pixels, {protocol.name} has {protocol.size}")
+    if samples > 1:
+        reasons.append(f"{samples} samples of each source, {protocol.name} has 1")
+    if name == "fid" and (reference is None or reference.name != protocol.reference):
+        reasons.append(f"reference {reference or 'these targets'}, expected {protocol.reference}")
+    return "; ".join(reasons) or None
+
+
+def describe(protocol: Protocol | None) -> str:
+    """Return what a protocol asks of the data, in one line, for the record."""
+    if protocol is None:
+        return "none"
+    return f"{protocol.name}: {protocol.images} images of {protocol.data}; split (not checked): {protocol.split}"

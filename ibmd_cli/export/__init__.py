@@ -1,0 +1,1 @@
+"""`ibmd export`: students as single files, and exported students run without PyTorch."""

@@ -1,0 +1,300 @@
+"""`ibmd export`: write a student as one file, run it back on real sources, and keep it only if it agrees."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ibmd_cli.data.degradations import fill_hole
+from ibmd_cli.data.embedded import embedded_pairs
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.export.demo_page import write_page
+from ibmd_cli.export.load import open_exported
+from ibmd_cli.export.program import Unrolled, export_program, noise_shapes
+from ibmd_cli.files import atomic_file
+from ibmd_cli.method.noise import randn, stream
+from ibmd_cli.models.folder import load_model, save_weights
+from ibmd_cli.models.model import Student
+
+
+class Format(NamedTuple):
+    """A file format: the ending of its names, and the dtypes that its weights may have."""
+
+    suffix: str
+    dtypes: tuple[str, ...]
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", ("fp32", "fp16", "bf16")),
+    "onnx": Format(".onnx", ("fp32", "fp16", "bf16", "int8")),
+    "torch-export": Format(".pt2", ("fp32", "fp16", "bf16")),
+    "web": Format(".html", ("fp32", "fp16", "int8")),
+}
+"""`web` is a page that holds the student as ONNX, see `web`."""
+
+
+class Tolerance(NamedTuple):
+    """How much a file may differ from its student: at any pixel, on the scale [-1, 1], and on the whole, in dB."""
+
+    max_difference: float
+    psnr: float
+
+
+TOLERANCE = {
+    "fp32": Tolerance(0.001, 80),
+    "fp16": Tolerance(0.02, 60),
+    "bf16": Tolerance(0.1, 45),
+    "int8": Tolerance(0.25, 40),
+}
+"""By the dtype of the weights. A grey level of 8 bits is 0.0078; 40 dB is a mean error of about one."""
+
+PIXELS = 32 * 32 * 32  # in the images that are compared
+TIMED = 8  # images in the batch that is timed, at most
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is to be exported.
+
+    Attributes:
+        student: reference.
+        output: the file.
+        format: a key of `FORMATS`.
+        dtype: of the weights in the file, one of the format's. All formats compute in float32.
+        opset: version of ONNX's operators; None: see `onnx_graphs`.
+        noise_inside: noise is no input of the file (ONNX, PyTorch) but drawn in it.
+        overwrite: whether a file that is there may be replaced.
+        seed: of the noise of the comparison.
+    """
+
+    student: str
+    output: Path
+    format: str = "safetensors"
+    dtype: str = "fp32"
+    opset: int | None = None
+    noise_inside: bool = False
+    overwrite: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.format not in FORMATS:
+            raise UsageError(f"--format: {self.format!r} is not one of {', '.join(FORMATS)}")
+        suffix, dtypes = FORMATS[self.format]
+        if self.dtype not in dtypes:
+            raise UsageError(f"--dtype: {self.dtype!r} is not one of {', '.join(dtypes)}, which {self.format} has")
+        if self.output.suffix != suffix:
+            raise UsageError(f"--output {self.output}: expected a name that ends in {suffix} for {self.format}")
+        if self.opset is not None and self.format not in ("onnx", "web"):
+            raise UsageError(f"--opset {self.opset}: {self.format} has none; add --format onnx")
+        if self.noise_inside and self.format not in ("onnx", "torch-export"):
+            raise UsageError(f"--noise-inside: {self.format} has no noise inside; add --format onnx or torch-export")
+        if self.output.exists() and not self.overwrite:
+            raise UsageError(f"{self.output}: exists; give another --output, or --on-exists overwrite")
+
+
+def make_config(student: str, output: Path | None, format: str | None, dtype: str, **settings: Any) -> ExportConfig:
+    """Return what is to be exported. Without a format the output's name tells it; without either it is safetensors.
+
+    Raises:
+        UsageError: settings do not go together.
+    """
+    if format is None:
+        by_name = [name for name, row in FORMATS.items() if output is not None and output.suffix == row.suffix]
+        format = by_name[0] if by_name else "safetensors"
+    if output is None and format in FORMATS:
+        output = Path(f"{short_name(student)}-{dtype}{FORMATS[format].suffix}")
+    return ExportConfig(student, output or Path(), format, dtype, **settings)
+
+
+def every_format(student: str, folder: Path, **settings: Any) -> list[ExportConfig]:
+    """Return what `--all` writes: each format for programs with each dtype that it has, as NAME-DTYPE in a folder."""
+    name = short_name(student)
+    return [
+        ExportConfig(student, folder / f"{name}-{dtype}{row.suffix}", format, dtype, **settings)
+        for format, row in FORMATS.items()
+        if format != "web"
+        for dtype in row.dtypes
+    ]
+
+
+def short_name(reference: str) -> str:
+    """Return what files of a student are called: NAME of builtin:NAME, or the last part of a path."""
+    return Path(reference.rpartition(":")[2]).name
+
+
+class Exporter:
+    """Writes one student to files, and keeps those that agree with it.
+
+    Args:
+        reference: of the student.
+
+    Raises:
+        NotAvailable: there is no such student.
+    """
+
+    def __init__(self, reference: str) -> None:
+        student = load_model(reference, "student")
+        assert isinstance(student, Student)
+        self.student = student
+        self.graphs: dict[tuple[int, bool], Any] = {}
+
+    def export(self, config: ExportConfig) -> dict[str, Any]:
+        """Write a file.
+
+        Returns:
+            Its size, and what `compare` finds.
+
+        Raises:
+            UsageError: there is no such opset.
+            NotAvailable: what the format needs is not installed.
+            IbmdError: the file does not agree with the student; it is not left behind.
+        """
+        with atomic_file(config.output) as new, TemporaryDirectory() as folder:
+            file = Path(folder) / "student.onnx" if config.format == "web" else new
+            self._write(config, file)
+            report = compare(self.student, file, config.noise_inside, config.seed)
+            exact = config.format == "safetensors" and config.dtype == "fp32"  # a copy
+            allowed = Tolerance(0.0, math.inf) if exact else TOLERANCE[config.dtype]
+            psnr = math.inf if report["psnr"] is None else report["psnr"]
+            if not (report["max_difference"] <= allowed.max_difference and psnr >= allowed.psnr):  # also if it is NaN
+                raise IbmdError(
+                    f"{config.output}: differs from {config.student} by up to {report['max_difference']:.3g}, "
+                    f"{psnr:.1f} dB; {config.dtype} may by {allowed.max_difference:g}, {allowed.psnr:g} dB; "
+                    f"nothing was written. Try --dtype fp32"
+                )
+            if config.format == "web":
+                write_page(self.student, file, new)
+            size = new.stat().st_size
+        return {
+            "schema": 1,
+            "output": str(config.output),
+            "format": config.format,
+            "dtype": config.dtype,
+            "bytes": size,
+            **report,
+        }
+
+    def _write(self, config: ExportConfig, file: Path) -> None:
+        if config.format == "safetensors":
+            save_weights(self.student, file, config.dtype)
+        elif config.format == "torch-export":
+            export_program(self.student, file, config.dtype, config.noise_inside)
+        else:
+            from ibmd_cli.export import onnx
+
+            opset = onnx.OPSET if config.opset is None else config.opset
+            if opset not in onnx.OPSETS:
+                first, last = onnx.OPSETS[0], onnx.OPSETS[-1]
+                raise UsageError(f"--opset {opset}: expected {first} to {last}")
+            key = opset, config.noise_inside
+            if key not in self.graphs:
+                self.graphs[key] = onnx.make_graph(self.student, *key)
+            onnx.save_graph(self.graphs[key], file, config.dtype)
+
+
+def compare(student: Student, file: Path, noise_inside: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Run a student and an exported file on the same real sources and the same noise, on the CPU.
+
+    One image comes alone, then the others together; and, for a file that holds a graph, one of another size.
+
+    Args:
+        student: on the CPU.
+        file: that was exported.
+        noise_inside: whether it draws its noise itself; the student then gets what it drew.
+        seed: of the noise.
+
+    Returns:
+        `images`; `max_difference` and `mean_difference` over pixels on the scale [-1, 1], and `psnr` of the file
+        against the student in dB (None if they are equal); `ms_per_image` of each, in batches of `batch` images.
+    """
+    own, other = _runner(student), _file_runner(file)
+    x_T = sources(student)
+    batches = [x_T[:1], x_T[1:]]
+    if file.suffix != ".safetensors":
+        step = student.predictor.backbone.size_multiple
+        batches.append(F.interpolate(x_T[:1], (x_T.shape[2] + step, x_T.shape[3] + 2 * step)))
+    differences = []
+    for batch in batches:
+        inputs = make_inputs(student, batch, seed, noise_inside)
+        theirs, *noise = other(inputs)
+        drawn = dict(zip(noise_shapes(student, batch.shape[1:]), noise, strict=True)) if noise_inside else {}
+        differences.append(np.abs(theirs - own({**inputs, **drawn})[0]).ravel())
+    difference = np.concatenate(differences).astype(np.float64)
+    mse = float(np.mean(difference**2))
+
+    timed = x_T[1 : 1 + TIMED]
+    times = {"student": math.inf, "exported": math.inf}
+    for _ in range(3):  # by turns, as other programs may slow both down
+        for name, run, inside in (("student", own, False), ("exported", other, noise_inside)):
+            inputs = make_inputs(student, timed, seed, inside)
+            began = time.perf_counter()
+            run(inputs)
+            times[name] = min(times[name], 1000 * (time.perf_counter() - began) / len(timed))
+    return {
+        "images": len(x_T),
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "psnr": 10 * math.log10(4 / mse) if mse else None,
+        "ms_per_image": times,
+        "batch": len(timed),
+        "threads": torch.get_num_threads(),
+    }
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def _runner(student: Student) -> Callable[[Arrays], list[np.ndarray]]:
+    module = Unrolled(student)
+
+    @torch.no_grad()
+    def run(inputs: Arrays) -> list[np.ndarray]:
+        return [module(**{name: torch.from_numpy(v) for name, v in inputs.items()}).numpy()]
+
+    return run
+
+
+def _file_runner(file: Path) -> Callable[[Arrays], list[np.ndarray]]:
+    if file.suffix != ".safetensors":
+        return open_exported(file, torch.get_num_threads()).run
+    student = load_model(str(file), "student")
+    assert isinstance(student, Student)
+    return _runner(student)
+
+
+def sources(student: Student) -> Tensor:
+    """Return held-out sources for a student, float32 (B, 3, H, W) in [-1, 1]: at least three, fewer of large ones.
+
+    They are those of the embedded data that it was distilled from, or drawings, enlarged or reduced to its size.
+    """
+    kind, _, name = str((student.config.get("teacher") or {}).get("reference")).partition(":")
+    pairs = embedded_pairs(name if kind == "builtin" else "outline2emoji")
+    side = student.image_size
+    x_T = pairs.x_T[: max(3, PIXELS // side**2)].float() / 127.5 - 1
+    return x_T if x_T.shape[-1] == side else F.interpolate(x_T, (side, side), mode="area")
+
+
+def make_inputs(student: Student, x_T: Tensor, seed: int, noise_inside: bool = False) -> Arrays:
+    """Return all inputs of an exported student for sources (B, 3, H, W): noise, and holes and classes by a rule."""
+    rng = stream(seed, "export")
+    inputs = {}
+    if not noise_inside:
+        for name, shape in noise_shapes(student, x_T.shape[1:]).items():
+            inputs[name] = randn((len(x_T), *shape), rng)
+    if student.config.get("mask"):
+        mask = torch.zeros_like(x_T[:, :1])
+        mask[..., x_T.shape[2] // 4 : -x_T.shape[2] // 4, x_T.shape[3] // 4 : -x_T.shape[3] // 4] = 1
+        inputs["mask"] = mask
+        x_T = fill_hole(x_T, mask, student.config["mask"]["fill"], rng)
+    if student.config.get("classes"):
+        inputs["label"] = torch.arange(len(x_T)) % student.config["classes"]
+    return {name: v.numpy() for name, v in {"x_T": x_T.contiguous(), **inputs}.items()}

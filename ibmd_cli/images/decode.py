@@ -1,0 +1,282 @@
+"""Image files become upright sRGB by fixed rules, or are refused in one line.
+
+- what a file is, its content says, not its name; of several frames or pages the first counts;
+- EXIF orientation is applied once; a damaged EXIF block counts as none;
+- a colour profile is converted to sRGB; a damaged one, and one of a 16-bit image, counts as none;
+- transparency is laid on white, or dropped, and can be had beside the colours;
+- 16-bit grey is scaled by 255 / 65535; 32-bit integers and floats by the smallest of the ranges 0 … 1, 0 … 255
+  and 0 … 65535 that holds all their values, and refused if none does; CMYK, Lab and palettes become RGB;
+- of what else a file says, resolution, artist and copyright are kept; place and time of a photo are not.
+"""
+
+import io
+import math
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Condition
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+
+from ibmd_cli.errors import IbmdError
+from ibmd_cli.files import why
+
+MAX_PIXELS = 100_000_000
+AT_ONCE = 32_000_000  # pixels that threads decode, or encode, at the same time: about ten bytes for each
+BLOCK = 1 << 30  # bytes
+READABLE = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
+ORIENTATION, ARTIST, COPYRIGHT = 0x0112, 0x013B, 0x8298  # EXIF tags
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Picture(NamedTuple):
+    """What an image file holds.
+
+    Attributes:
+        rgb: its colours, upright.
+        alpha: mode L, 255 = opaque; None if it has none or it was not to be kept.
+        several: whether there are more frames or pages, which are not read.
+        dpi: pixels per inch in width and height, or None.
+        credits: EXIF tag → text: artist and copyright, as far as they are named.
+    """
+
+    rgb: Image.Image
+    alpha: Image.Image | None = None
+    several: bool = False
+    dpi: tuple[float, float] | None = None
+    credits: dict[int, str] = {}
+
+
+class Budget:
+    """Pixels that threads may work on at the same time.
+
+    Args:
+        pixels: how many; an image that has more waits until it is alone.
+    """
+
+    def __init__(self, pixels: int = AT_ONCE) -> None:
+        self.pixels = self.left = pixels
+        self.changed = Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Wait until there are so many left, and have them for the length of the block."""
+        pixels = min(pixels, self.pixels)
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= pixels)
+            self.left -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += pixels
+                self.changed.notify_all()
+
+
+_DECODING = Budget()
+
+
+def shown(path: str | Path) -> str:
+    """Spell a file's name on one line: control characters, and bytes that are not UTF-8, are escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def read_picture(path: Path, max_pixels: int = MAX_PIXELS, alpha: str = "white") -> Picture:
+    """Read an image file; see `decode`.
+
+    Raises:
+        IbmdError: it cannot be opened, is no regular file, or see `decode`.
+    """
+    name = shown(path)
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise IbmdError(f"{name}: cannot be opened {why(error)}") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise IbmdError(f"{name}: not a regular file: expected an image (a pipe is read with --input -)")
+    with os.fdopen(handle, "rb") as stream:
+        return decode(stream, name, max_pixels, alpha)
+
+
+def decode(stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, alpha: str = "white") -> Picture:
+    """Decode an image by the rules of this module.
+
+    Args:
+        stream: seekable.
+        name: for messages.
+        max_pixels: larger images are refused before their pixels are decoded.
+        alpha: "white": transparency is laid on white; "keep": that, and it is returned beside the colours; "drop":
+            the colours as they are, also where they are transparent.
+
+    Raises:
+        IbmdError: the content is no image, damaged, too large, or of values without a known range.
+    """
+    Image.init()  # all plugins: those for WebP, TIFF and AVIF are not loaded otherwise
+    with _one_line(name), Image.open(stream, formats=[f for f in READABLE if f in Image.OPEN]) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise IbmdError(
+                f"{name}: {width}×{height} pixels, more than {max_pixels:,}: make it smaller or raise the limit "
+                "(--max-pixels; in Python, max_pixels)"
+            )
+        with _DECODING.take(width * height):
+            return to_picture(image, name, alpha)
+
+
+def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
+    """Convert a Pillow image by the rules of this module; arguments and errors as `decode`."""
+    with _one_line(name):
+        if 0 in image.size:
+            raise IbmdError(f"{name}: {image.width}×{image.height} pixels: expected one or more")
+        image.load()
+        return _convert(image, name, alpha)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Make one line of whatever goes wrong with an image."""
+    try:
+        yield
+    except IbmdError:
+        raise
+    except UnidentifiedImageError:
+        expected = "expected PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF"
+        raise IbmdError(f"{name}: not an image, or a damaged one: {expected}") from None
+    except MemoryError as error:
+        raise IbmdError(f"{name}: does not fit in memory: make it smaller") from error
+    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead to
+        reason = shown(str(error)) or type(error).__name__
+        raise IbmdError(f"{name}: damaged or incomplete ({reason}): copy or save it again") from error
+
+
+def _convert(image: Image.Image, name: str, alpha: str) -> Picture:
+    exif = _exif(image)
+    rgb, transparency = _colours(image, name)
+    if transparency is not None and alpha != "drop":
+        rgb.paste("white", mask=ImageChops.invert(transparency))
+    kept = transparency if alpha == "keep" else None
+    if (turn := _TURNS.get(exif.get(ORIENTATION, 1))) is not None:
+        rgb, kept = rgb.transpose(turn), kept and kept.transpose(turn)
+    credits = {tag: exif[tag] for tag in (ARTIST, COPYRIGHT) if tag in exif}
+    return Picture(rgb, kept, _several(image), _dpi(image.info.get("dpi")), credits)
+
+
+@contextmanager
+def own_limits() -> Iterator[None]:
+    """Turn off Pillow's own pixel limit and its warnings: they are global, so only a program may do this.
+
+    And let it take the memory of an image in one block: from 32 MB on, the system has it back at once when the image is
+    gone. The blocks of 16 MB that it takes otherwise, each thread keeps for later.
+    """
+    limit, block = Image.MAX_IMAGE_PIXELS, Image.core.get_block_size()
+    Image.MAX_IMAGE_PIXELS = None
+    Image.core.set_block_size(BLOCK)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.|ibmd_cli\.decoding")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+        Image.core.set_block_size(block)
+
+
+def _colours(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
+    """Return RGB, and transparency as mode L if there is any."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image)
+        full = 65535 if image.mode.startswith("I;16") else _range(values, name)
+        grey = np.rint(values * np.float32(255 / full)).astype(np.uint8)
+        key = image.info.get("transparency")
+        alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+        return Image.fromarray(grey).convert("RGB"), alpha
+    if not image.has_transparency_data:
+        return _srgb(image), None
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    transparency = rgba.getchannel("A")
+    colours = image.getchannel("L") if image.mode == "LA" else rgba.convert("RGB")
+    del rgba  # large ones: as few copies at a time as will do
+    return _srgb(colours, copy=False), transparency
+
+
+def _range(values: np.ndarray, name: str) -> int:
+    low, high = float(values.min()), float(values.max())
+    for full in (1, 255, 65535):
+        if low >= 0 and high <= full:  # false for NaN
+            return full
+    raise IbmdError(f"{name}: values from {low:g} to {high:g}: expected 0 to 1, 255 or 65535: rescale them")
+
+
+def _srgb(image: Image.Image, copy: bool = True) -> Image.Image:
+    """Convert to RGB, through the colour profile if there is one that fits; `copy` an image that is RGB already."""
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile := image.info.get("icc_profile"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(source).lower():
+                target = ImageCms.createProfile("sRGB")
+                converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+                assert converted is not None  # it is, where the input is not changed in place
+                return converted
+        except (ImageCms.PyCMSError, OSError, TypeError, ValueError):  # a damaged profile, or one of another mode
+            pass
+    return image.convert("RGB") if copy or image.mode != "RGB" else image
+
+
+def _exif(image: Image.Image) -> dict[int, Any]:
+    """Return the orientation, and the credits as text on one line."""
+    try:
+        exif = image.getexif()
+        texts = {tag: _utf8(exif[tag]) for tag in (ARTIST, COPYRIGHT) if isinstance(exif.get(tag), str)}
+        orientation = int(exif.get(ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block
+        return {}
+    lines = {tag: "".join(c for c in text if c.isprintable())[:1000] for tag, text in texts.items()}
+    return {ORIENTATION: orientation} | {tag: line for tag, line in lines.items() if line}
+
+
+def _utf8(text: str) -> str:
+    """Read text as UTF-8, as most programs write it, where Pillow took its bytes for Latin-1."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def _dpi(value: Any) -> tuple[float, float] | None:
+    try:
+        x, y = (float(v) for v in value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (x, y) if all(math.isfinite(v) and 1 < v < 1e5 for v in (x, y)) else None  # TIFF says 1 for "unknown"
+
+
+def _several(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # a photo with its preview
+    except Exception:  # the second frame is damaged: it is not read anyway
+        return True
+
+
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image file as upright RGB, transparency laid on white; see `decoding`.
+
+    Raises:
+        IbmdError: it cannot be opened, is no regular file, or see `decoding.decode`.
+    """
+    return read_picture(path, max_pixels).rgb

@@ -1,0 +1,1 @@
+"""Teachers and students: their folders, references, published checkpoints, samplers and cards."""

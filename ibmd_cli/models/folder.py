@@ -1,0 +1,245 @@
+"""Model folders (teacher or student) and the references that name them.
+
+A model folder holds `config.json` (what the model is), `model.safetensors` (its weights) and `README.md` (its card).
+A reference is `builtin:NAME`, `hf://OWNER/REPO`, or the path of a model folder or of a run folder (its student).
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ibmd_cli import __version__, hub
+from ibmd_cli.errors import IbmdError, NotAvailable, nearest
+from ibmd_cli.files import assets, atomic_folder, read_json
+from ibmd_cli.models.model import DTYPES, Model, Student, Teacher
+from ibmd_cli.models.samplers import check_sampler
+from ibmd_cli.networks.predictor import Predictor, make_predictor
+
+FORMAT_VERSION = 1
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+def save_model(model: Model, folder: Path, *, dtype: str = "fp32", card: str | None = None) -> None:
+    """Write a model folder, whole or not at all; one that is there is replaced.
+
+    Args:
+        model: what to write.
+        folder: where.
+        dtype: of the weights on disk, a key of `DTYPES`.
+        card: text of README.md.
+    """
+    save_folder(folder, model.config, _weights(model, dtype), card)
+
+
+def save_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str | None = None) -> None:
+    """Write a model folder from its parts, as `save_model`. Tensors that are mapped from a file are not copied."""
+    with atomic_folder(folder) as new:
+        (new / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        _save_tensors(tensors, config, new / "model.safetensors")
+        (new / "README.md").write_text(card or f"# {config['name']}\n\nLicence: {config['licence']}.\n")
+
+
+def save_weights(model: Model, file: Path, dtype: str) -> None:
+    """Write the weights as safetensors, with the configuration as metadata."""
+    _save_tensors(_weights(model, dtype), model.config, file)
+
+
+def _weights(model: Model, dtype: str) -> dict[str, Tensor]:
+    return {key: v.detach().to("cpu", DTYPES[dtype]).contiguous() for key, v in model.predictor.state_dict().items()}
+
+
+def _save_tensors(tensors: dict[str, Tensor], config: dict[str, Any], file: Path) -> None:
+    try:
+        # One key alone: several are written in an order that varies, and equal models shall have equal files.
+        save_file(tensors, file, metadata={"ibmd": json.dumps(config, ensure_ascii=False)})
+    except SafetensorError as error:
+        raise IbmdError(f"{file}: cannot be written ({error}): is the disk full?") from error
+    file.chmod(0o644)  # safetensors writes for the owner alone
+
+
+def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
+    """Load the model that a reference names.
+
+    Args:
+        reference: see the module's docstring.
+        kind: "teacher" or "student", if only one will do.
+
+    Raises:
+        NotAvailable: the reference names nothing.
+        IbmdError: the folder is of a newer format, or its weights do not fit its configuration.
+    """
+    path = resolve(reference, kind)
+    if path.is_file():
+        config, file = read_metadata(path), path
+    else:
+        config, file = read_json(path / "config.json"), path / "model.safetensors"
+    if config.get("format") not in ("ibmd-teacher", "ibmd-student"):
+        raise IbmdError(f"{path}: not a model of ibmd: its format is {config.get('format')!r}")
+    version = config.get("format_version")
+    if not isinstance(version, int):
+        raise IbmdError(f"{path}: config.json has format_version {version!r}, expected a number")
+    if version > FORMAT_VERSION:
+        raise IbmdError(
+            f"{path}: format_version {version}, written by ibmd {config.get('ibmd_version', '?')}; "
+            f"ibmd {__version__} reads up to {FORMAT_VERSION}. Upgrade: pip install -U ibmd-cli"
+        )
+    is_teacher = config["format"] == "ibmd-teacher"
+    if kind is not None and (kind == "teacher") != is_teacher:
+        other = "teacher" if is_teacher else "student"
+        raise IbmdError(f"{reference}: a {other}, where a {kind} is needed. Name it with --{other}")
+    try:
+        with torch.device("meta"):  # no weights yet: they are in the file
+            predictor = make_predictor(config)
+        _check(config, predictor)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IbmdError(f"{path}: config.json does not describe a model ({type(error).__name__}: {error})") from error
+    load_weights(predictor, file)
+    return (Teacher if is_teacher else Student)(predictor.eval(), config, file)
+
+
+def _check(config: dict[str, Any], predictor: Predictor) -> None:
+    """Refuse a configuration that would compute something else than it says, or fail later.
+
+    Raises:
+        KeyError, TypeError, ValueError: what is wrong.
+    """
+    for key in ("name", "task", "licence", "sampling"):
+        config[key]
+    size, channels = int(config["image"]["size"]), int(config["image"]["channels"])
+    if size < 1 or size % predictor.backbone.size_multiple:
+        raise ValueError(f"image.size {size}: expected a multiple of {predictor.backbone.size_multiple}")
+    network = predictor.backbone.config
+    inputs = channels * (1 + predictor.conditional) + predictor.noise_channels
+    if (network.in_channels, network.out_channels) != (inputs, channels):
+        raise ValueError(
+            f"network of {network.in_channels} channels in, {network.out_channels} out: "
+            f"expected {inputs} and {channels}, by image, conditional and noise_channels"
+        )
+    predictor.bridge.coefficients(torch.tensor([predictor.bridge.T], device="cpu"))
+    if config["format"] == "ibmd-teacher":
+        settings = dict(config["sampling"])
+        check_sampler(settings.pop("sampler"), predictor.bridge, settings.pop("nfe"), settings)
+
+
+def load_weights(predictor: Predictor, file: Path) -> None:
+    """Give memory to `predictor`, which is on the meta device, and fill it from a safetensors file.
+
+    Raises:
+        IbmdError: a tensor is missing, extra or misshapen, or the file cannot be read.
+    """
+    state = predictor.state_dict()
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            have = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        if wrong := misfits(have, {key: tuple(v.shape) for key, v in state.items()}):
+            raise IbmdError(f"{file}: tensors do not fit config.json: {wrong}")
+        for key, v in state.items():
+            state[key] = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype)  # channels-last, as the network is
+            # Opened anew for each: what was read through a mapping stays in memory until the file is closed.
+            with safe_open(file, framework="pt") as tensors:
+                state[key].copy_(tensors.get_tensor(key))
+        predictor.load_state_dict(state, assign=True)
+    except (OSError, SafetensorError) as error:
+        raise IbmdError(f"{file}: cannot be read as safetensors ({error})") from error
+
+
+def misfits(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> str:
+    """List the tensors that are missing, extra or misshapen: the first five, and how many more. "" if none is."""
+    wrong = [f"{key} (missing)" for key in want if key not in have]
+    wrong += [f"{key} (extra)" for key in have if key not in want]
+    wrong += [
+        f"{key} ({list(have[key])}, expected {list(shape)})"
+        for key, shape in want.items()
+        if have.get(key, shape) != shape
+    ]
+    return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Return the configuration in a safetensors file that `save_weights` wrote; nothing in another one.
+
+    Raises:
+        IbmdError: the file cannot be read as safetensors.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return dict(json.loads((tensors.metadata() or {}).get("ibmd", "{}")))
+    except (OSError, SafetensorError) as error:
+        raise IbmdError(f"{file}: cannot be read as safetensors ({error})") from error
+
+
+def builtin_names() -> Iterator[str]:
+    """Yield the names of the embedded models."""
+    yield from sorted(folder.name for folder in assets().iterdir() if (folder / "teacher").is_dir())
+
+
+def list_builtin() -> list[dict[str, Any]]:
+    """Return a row for each embedded teacher: what it is, its size, licence and data."""
+    rows = []
+    for name in builtin_names():
+        folder = assets() / name / "teacher"
+        config = read_json(folder / "config.json")
+        with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
+        rows.append(
+            {
+                "teacher": f"builtin:{name}",
+                "task": config["task"],
+                "pixels": config["image"]["size"],
+                "kind": f"{'conditional' if config['conditional'] else 'unconditional'} {config['bridge']['kind']}",
+                "parameters": sum(math.prod(shape) for shape in shapes),
+                "bytes": (folder / "model.safetensors").stat().st_size,
+                "source": "embedded",
+                "licence": config["licence"],
+                "network": config["network"],
+                "bridge": config["bridge"],
+                "files": ["model.safetensors"],
+                "paper_row": "",
+                "dataset": "OpenMoji 17",
+            }
+        )
+    return rows
+
+
+def is_model(path: Path) -> bool:
+    """Tell whether a path is a model folder of ibmd."""
+    return (path / "config.json").is_file() and (path / "model.safetensors").is_file()
+
+
+def resolve(reference: str, kind: str | None = None) -> Path:
+    """Return the model folder (or safetensors file) that a reference names.
+
+    Args:
+        reference: `builtin:NAME`, `hf://OWNER/REPO[@REV][/FILE]`, a model folder, a run folder, or a file written by
+            `ibmd export`.
+        kind: "teacher" or "student": which of the two an embedded name means.
+
+    Raises:
+        NotAvailable: there is no such model; the message lists the nearest names.
+    """
+    known = [f"builtin:{name}" for name in builtin_names()]
+    if reference in known:
+        return assets() / reference.removeprefix("builtin:") / (kind or "student")
+    if reference.startswith("hf://"):
+        repo, revision, file = hub.parse_hf(reference)
+        return hub.download(repo, file, revision=revision) if file else hub.snapshot(repo, revision)
+    path = Path(reference)
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    for folder in (path, path / "student"):
+        if is_model(folder):
+            return folder
+    if path.exists():
+        raise NotAvailable(
+            f"{reference}: no model here: expected config.json and model.safetensors, or a run folder with student/"
+        )
+    raise NotAvailable(f"no {kind or 'model'} {reference!r}: {nearest(reference, known)}; or give the path of a folder")

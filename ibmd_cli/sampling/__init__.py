@@ -1,0 +1,1 @@
+"""`ibmd sample`: what is read, translated and written, and the Python class `Student`."""

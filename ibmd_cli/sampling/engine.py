@@ -1,0 +1,138 @@
+"""PyTorch models at work for `translating.Translator`: NumPy arrays in and out."""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ibmd_cli.data.degradations import fill_hole
+from ibmd_cli.devices import resolve_device, single_threaded
+from ibmd_cli.method.distillation import Sources
+from ibmd_cli.method.noise import stream
+from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.model import Student, Teacher
+from ibmd_cli.models.teachers import load_teacher
+
+
+class TorchEngine:
+    """Runs a student or a teacher; see `translating.Engine`.
+
+    Args:
+        model: on the device where it is to run.
+        nfe: network calls per image; None for what the model says.
+        sampler: of a teacher, see `samplers.SAMPLERS`; None for what it says.
+        options: of the sampler.
+
+    Raises:
+        UsageError: a student does not know so many calls.
+    """
+
+    def __init__(
+        self,
+        model: Student | Teacher,
+        nfe: int | None = None,
+        sampler: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.config, self.name = model, model.config, model.name
+        self.image_size, self.source_scale = model.image_size, model.source_scale
+        if isinstance(model, Teacher):
+            self.nfe = nfe or int(model.config["sampling"]["nfe"])
+            self.settings = {"nfe": self.nfe, "sampler": sampler, **(options or {})}
+        else:
+            self.nfe = nfe or model.nfe
+            model.setup_for(self.nfe)  # refuses too many
+            self.settings = {"nfe": self.nfe}
+        self.place = next(model.predictor.parameters()).device
+        self.device = str(self.place)
+
+    def stream(self, seed: int, *place: int | str) -> torch.Generator:
+        """Return the random stream of a place."""
+        return stream(seed, *place)
+
+    def fill_hole(self, x_T: np.ndarray, mask: np.ndarray, rng: Sequence[torch.Generator]) -> np.ndarray:
+        """Fill holes; see `degradations.fill_hole`."""
+        return fill_hole(torch.from_numpy(x_T), torch.from_numpy(mask), self.config["mask"]["fill"], rng).numpy()
+
+    def translate(
+        self,
+        x_T: np.ndarray,
+        rng: Sequence[torch.Generator],
+        mask: np.ndarray | None = None,
+        label: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Translate sources (B, 3, H, W) in [-1, 1]; returns the same shape.
+
+        Raises:
+            MemoryError: there is not enough for such a batch.
+        """
+        source, hole, kind = (None if v is None else torch.from_numpy(v).to(self.place) for v in (x_T, mask, label))
+        assert source is not None
+        try:
+            with torch.inference_mode():
+                return self.model.translate(Sources(source, kind, hole), rng, **self.settings).cpu().numpy()
+        except RuntimeError as error:
+            words = str(error)
+            if "out of memory" not in words and "can't allocate memory" not in words:
+                raise
+        if self.place.type == "cuda":  # here, the error holds no tensors any more
+            torch.cuda.empty_cache()
+        raise MemoryError(words)
+
+    def spread(self) -> AbstractContextManager[int]:
+        """Give each batch one thread of the CPU, see `translating.Engine`."""
+        return single_threaded()
+
+
+def load_engine(
+    student: str | None,
+    teacher: str | None,
+    *,
+    device: str = "auto",
+    nfe: int | None = None,
+    preset: str | None = None,
+    head_channels: int | None = None,
+    attention_order: str | None = None,
+    sampler: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> TorchEngine:
+    """Load a student, or a teacher, on its device.
+
+    Args:
+        student: reference; None if it is a teacher.
+        teacher: reference; None if it is a student.
+        device: see `devices.resolve_device`; with several processes, each takes a GPU of its own.
+        nfe: see `TorchEngine`.
+        preset: see `teachers.load_teacher`.
+        head_channels: likewise.
+        attention_order: likewise.
+        sampler: see `TorchEngine`.
+        options: see `TorchEngine`.
+        quiet: show no progress of downloads.
+
+    Raises:
+        NotAvailable, UsageError, IbmdError: see `models.load_model` and `teachers.load_teacher`.
+    """
+    place = resolve_device(device)
+    if place.type == "cuda" and place.index is None and "LOCAL_RANK" in os.environ:
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if teacher is not None:
+        model: Student | Teacher = load_teacher(
+            teacher,
+            preset=preset,
+            device=place,
+            head_channels=head_channels,
+            attention_order=attention_order,
+            quiet=quiet,
+        )
+    else:
+        assert student is not None
+        loaded = load_model(student, "student")
+        assert isinstance(loaded, Student)
+        loaded.to(place)
+        model = loaded
+    return TorchEngine(model, nfe, sampler, options)

@@ -1,0 +1,403 @@
+r"""What `ibmd sample` is to do: which pictures are made from which inputs, and where they go.
+
+Inputs, by rule: folders are searched for names that end as images do, hidden ones, links to folders, and what is no
+regular file passed over; so do globs pass over hidden names and links to folders. A path that is given by itself, or in
+a list, or that a glob matches, is taken whatever its ending. Names are bytes, and need not be UTF-8: on stdout they are
+what they were, and in JSON a byte that is not UTF-8 is `\udcXX`.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import NamedTuple, TextIO
+
+from PIL import Image
+
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.files import why
+from ibmd_cli.images.decode import MAX_PIXELS, shown
+from ibmd_cli.images.encode import LOSSY, OPAQUE, WRITABLE
+from ibmd_cli.images.find import find_images, find_matches
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What `ibmd sample` is asked for.
+
+    Attributes:
+        inputs: files, folders, globs, or "-" (image bytes on stdin).
+        files_from: file with a list of files and folders, one a line; "-": stdin.
+        null: paths of that list end in NUL, not in a new line.
+        output: a file (if it ends as an image does), a folder, "-" (image bytes on stdout), or None: beside the input.
+        format: of the outputs, an ending that `WRITABLE` knows, without its dot; None: what the name of `output` says,
+            or PNG.
+        quality: 1 … 100, of a lossy format; None for its default.
+        student: reference; None for the embedded one. Not together with `teacher`.
+        teacher: reference of a teacher to translate with instead.
+        preset: alias of the published teacher that a file is, where its content cannot tell.
+        head_channels: width of an attention head, where such a file differs from its family.
+        attention_order: "new" or "legacy", likewise.
+        sampler: of the teacher; None for its own.
+        sampler_options: of the sampler, "KEY=VALUE" each.
+        nfe: network calls per image; None for what the model says.
+        label: class: a number, or a CSV file with lines PATH,CLASS.
+        mask: "center", a file, or a folder with a mask for each input; white is the hole.
+        degrade: inputs are clean, and degraded first, see `degradations.DEGRADATIONS`.
+        alpha: "white", "drop" or "keep", see `decoding.decode`.
+        recursive: search folders in folders.
+        on_exists: "error", "skip" or "overwrite".
+        fit: "pad", "stretch", "crop" or "tile", see `images.fit`.
+        restore_size: give results the size of their inputs; otherwise they have the model's.
+        variants: pictures per input, each from noise of its own.
+        grid: file of a contact sheet of sources and results.
+        seed: of all noise.
+        batch_size: images in the network at once. On a CPU, the model's image size decides alone.
+        max_pixels: larger inputs are refused.
+        device: see `devices.resolve_device`.
+        fail_fast: stop at the first image that fails.
+        as_json: on stdout, a JSON object for each picture instead of its path.
+        print0: paths on stdout end in NUL, not in a new line.
+    """
+
+    inputs: tuple[str, ...] = ()
+    files_from: str | None = None
+    null: bool = False
+    output: str | None = None
+    format: str | None = None
+    quality: int | None = None
+    student: str | None = None
+    teacher: str | None = None
+    preset: str | None = None
+    head_channels: int | None = None
+    attention_order: str | None = None
+    sampler: str | None = None
+    sampler_options: tuple[str, ...] = ()
+    nfe: int | None = None
+    label: str | None = None
+    mask: str | None = None
+    degrade: str | None = None
+    alpha: str = "white"
+    recursive: bool = False
+    on_exists: str = "error"
+    fit: str = "pad"
+    restore_size: bool = False
+    variants: int = 1
+    grid: str | None = None
+    seed: int = 0
+    batch_size: int = 16
+    max_pixels: int = MAX_PIXELS
+    device: str = "auto"
+    fail_fast: bool = False
+    as_json: bool = False
+    print0: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant together."""
+        if not self.inputs and self.files_from is None:
+            raise UsageError("no input: give files, folders or globs, or - for an image on stdin: --input drawing.png")
+        if "-" in self.inputs and self.files_from == "-":
+            raise UsageError("--input - and --files-from -: stdin is an image or a list; give the list as a file")
+        if "-" in self.inputs and (kind := _no_pipe(sys.stdin)):
+            raise UsageError(f"--input -: stdin is {kind}; pipe an image in: ibmd sample --input - < drawing.png")
+        if self.files_from == "-" and (kind := _no_pipe(sys.stdin)):
+            raise UsageError(f"--files-from -: stdin is {kind}; pipe paths in: find . -print0 | ibmd sample …")
+        if self.null and self.files_from is None:
+            raise UsageError("--null: says how the list of --files-from is separated; for paths on stdout: --print0")
+        if self.student is not None and self.teacher is not None:
+            raise UsageError("--student and --teacher: only one of them translates; run the command once for each")
+        for option in ("preset", "head_channels", "attention_order", "sampler", "sampler_options"):
+            if getattr(self, option) and self.teacher is None:
+                flag = option.replace("_", "-").replace("options", "option")
+                raise UsageError(f"--{flag}: is for a teacher; give --teacher, too")
+        if self.to_stdout and self.as_json:
+            raise UsageError("--json: image bytes already go to stdout; give --output FILE")
+        if self.print0 and self.as_json:
+            raise UsageError("--print0: ends paths in NUL, and --json prints none; leave one of them out")
+        if self.to_stdout and (kind := _no_pipe(sys.stdout)):
+            raise UsageError(f"stdout is {kind}: expected a file for the image bytes; give --output FILE")
+        self._check_format()
+
+    def _check_format(self) -> None:
+        known = ", ".join(suffix[1:] for suffix in WRITABLE)
+        if self.format is not None and f".{self.format}" not in WRITABLE:
+            raise UsageError(f"--format {self.format}: expected one of {known}")
+        if self.output not in (None, "-") and not _is_folder(str(self.output)):
+            ending = PurePath(str(self.output)).suffix
+            if self.format and WRITABLE.get(ending.lower()) != WRITABLE[f".{self.format}"]:
+                raise UsageError(f"--output {shown(str(self.output))}: ends in {ending}, but --format is {self.format}")
+        if self.suffix not in WRITABLE:
+            return  # told with the inputs in view
+        form = WRITABLE[self.suffix][0]
+        Image.init()
+        if form not in Image.SAVE:
+            raise UsageError(f"{form}: this Pillow cannot write it; choose another --format")
+        if self.quality is not None and self.suffix not in LOSSY:
+            raise UsageError(f"--quality {self.quality}: {form} has none; with --format {', '.join(LOSSY)} it has")
+        if self.alpha == "keep" and self.suffix in OPAQUE:
+            raise UsageError(f"--alpha keep: {form} holds no transparency; choose --format png or --alpha white")
+
+    @property
+    def suffix(self) -> str:
+        """Ending of the outputs' names, in lower case."""
+        if self.format is not None:
+            return f".{self.format}"
+        if self.output in (None, "-") or _is_folder(str(self.output)):
+            return ".png"
+        return PurePath(str(self.output)).suffix.lower()
+
+    @property
+    def to_stdout(self) -> bool:
+        """Whether image bytes go to stdout: asked for, or nothing was and the image comes from stdin."""
+        return self.output == "-" or (self.output is None and "-" in self.inputs)
+
+
+def _no_pipe(stream: TextIO | None) -> str:
+    """Say why a stream can carry no bytes; nothing if it can."""
+    return "closed" if stream is None else "a terminal" if stream.isatty() else ""
+
+
+class Source(NamedTuple):
+    """An image to read: its file (None: stdin), and its path below the folder or glob that found it."""
+
+    path: Path | None
+    name: str
+
+    def __str__(self) -> str:
+        """Spell the path, `-` for stdin."""
+        return "-" if self.path is None else str(self.path)
+
+
+class Job(NamedTuple):
+    """A picture to make. Variants count from 1; without an output, its bytes go to stdout."""
+
+    source: Source
+    variant: int
+    output: Path | None
+
+
+class Problem(NamedTuple):
+    """An input, or an output's folder, that cannot be used, the pictures that are not made for that, and the reason."""
+
+    text: str
+    jobs: list[Job]
+    error: IbmdError
+
+
+@dataclass
+class Plan:
+    """The pictures to make, those that exist already, and what is in the way of others."""
+
+    jobs: list[Job] = field(default_factory=list)
+    skipped: list[Job] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Plan:
+    """Find the inputs, map them to outputs, and refuse conflicts.
+
+    Args:
+        config: what is asked for.
+        process: number of this process, from 0, which takes its share of the inputs.
+        processes: how many there are.
+
+    Returns:
+        The plan, the variants of a source one after the other.
+
+    Raises:
+        UsageError: two outputs are one, an output is an input, or `--output` does not go with the inputs.
+        IbmdError: an output exists, with `on_exists="error"`; or the contact sheet cannot be written.
+    """
+    plan = Plan()
+    sources = list(_find(config, plan.problems))
+    _check_output(sources, config)
+    folder = config.output is not None and _is_folder(config.output)
+    variants = range(1, config.variants + 1)
+    jobs = [Job(source, v, _output(source, v, config, folder)) for source in sources for v in variants]
+    if config.to_stdout:
+        plan.jobs = jobs
+        return plan
+    jobs = _unique(jobs)
+    grid = _check_grid(jobs, config)
+    mine = {source for i, source in enumerate(dict.fromkeys(job.source for job in jobs)) if i % processes == process}
+    jobs = [job for job in jobs if job.source in mine]
+    there = {job for job in jobs if os.path.lexists(str(job.output))}
+    if config.on_exists == "error" and (outputs := [str(job.output) for job in jobs if job in there] + grid):
+        more = f" (and {len(outputs) - 1} more)" if len(outputs) > 1 else ""
+        raise IbmdError(f"{shown(outputs[0])}{more}: exists already; choose --on-exists skip or overwrite")
+    if config.on_exists == "skip":
+        plan.skipped = [job for job in jobs if job in there]
+        jobs = [job for job in jobs if job not in there]
+    if process > 0:
+        plan.problems = []  # the first tells them
+    plan.jobs = list(_writable(jobs, plan.problems))
+    if config.grid is not None and (error := _probe(Path(config.grid).parent)):
+        raise error
+    return plan
+
+
+def _writable(jobs: Sequence[Job], problems: list[Problem]) -> Iterator[Job]:
+    """Yield the jobs whose outputs can be written, before time is spent on the others, and note their folders."""
+    folders: dict[Path, list[Job]] = {}
+    for job in jobs:
+        folders.setdefault(Path(str(job.output)).parent, []).append(job)
+    errors = {folder: error for folder in folders if (error := _probe(folder))}
+    problems += [Problem(str(folder), folders[folder], error) for folder, error in errors.items()]
+    yield from (job for job in jobs if Path(str(job.output)).parent not in errors)
+
+
+def _probe(folder: Path) -> IbmdError | None:
+    """Tell why no file can be written to a folder, or to the one above it where it is to be made."""
+    above = folder
+    while not os.path.lexists(above) and above != above.parent:
+        above = above.parent
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        return IbmdError(f"{shown(folder)}: cannot be written to {why(error)}")
+    return None
+
+
+def _find(config: SampleConfig, problems: list[Problem]) -> Iterator[Source]:
+    """Yield the sources of each input in turn, and note inputs that have none."""
+    for text in config.inputs:
+        if text == "-":
+            yield Source(None, "stdin")
+            continue
+        base, matches, before = None, [Path(text)], len(problems)
+        if not os.path.lexists(text):
+            base, matches = find_matches(text, _unlisted(problems))
+        if not matches and len(problems) == before:
+            missing = IbmdError(f"{shown(text)}: no such file or folder, and nothing matches it")
+            problems.append(Problem(text, [], missing))
+        for path in matches:
+            root = base or (path if os.path.isdir(path) else path.parent)
+            found = _images(path, config, problems)
+            yield from (Source(file, file.relative_to(root).as_posix()) for file in found)
+    for path in _listed(config):
+        whole = not path.is_absolute() and ".." not in path.parts  # then its place in the tree is kept
+        root = Path() if whole else path if os.path.isdir(path) else path.parent
+        yield from (Source(file, file.relative_to(root).as_posix()) for file in _images(path, config, problems))
+
+
+def _images(path: Path, config: SampleConfig, problems: list[Problem]) -> list[Path]:
+    """List the images that a path stands for, and note if there are none."""
+    before = len(problems)
+    output = Path(config.output) if config.output else None
+    found = find_images(path, config.recursive, output, _unlisted(problems))
+    if not found and len(problems) == before:
+        deeper = "" if config.recursive else "; --recursive searches the folders in it"
+        problems.append(Problem(str(path), [], IbmdError(f"{shown(path)}: no images in this folder{deeper}")))
+    return found
+
+
+def _unlisted(problems: list[Problem]) -> Callable[[OSError], None]:
+    """Return what notes a folder that cannot be searched, or a file that cannot be looked at."""
+
+    def note(error: OSError) -> None:
+        message = IbmdError(f"{shown(error.filename)}: cannot be listed {why(error)}")
+        problems.append(Problem(error.filename, [], message))
+
+    return note
+
+
+def _listed(config: SampleConfig) -> Iterator[Path]:
+    """Yield the paths that `--files-from` lists; empty ones are none."""
+    if config.files_from is None:
+        return
+    try:
+        content = sys.stdin.buffer.read() if config.files_from == "-" else Path(config.files_from).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--files-from {shown(config.files_from)}: cannot be read {why(error)}") from error
+    if not config.null and b"\0" in content:
+        raise UsageError(f"--files-from {shown(config.files_from)}: paths end in NUL: add --null")
+    lines = content.split(b"\0") if config.null else [line.removesuffix(b"\r") for line in content.split(b"\n")]
+    yield from (Path(os.fsdecode(line)) for line in lines if line)
+
+
+def _check_output(sources: Sequence[Source], config: SampleConfig) -> None:
+    """Refuse an `--output` that does not go with the inputs."""
+    *most, last = WRITABLE
+    endings = f"{', '.join(most)} or {last}"
+    if config.to_stdout:
+        if len(sources) > 1 or config.variants > 1:
+            raise UsageError(
+                f"{_count(len(sources), 'image')}, {_count(config.variants, 'variant')}: "
+                "stdout takes one picture; give --output FOLDER/"
+            )
+    elif config.output is not None:
+        output, name = Path(config.output), shown(config.output)
+        if _is_folder(config.output):
+            if os.path.lexists(output) and not os.path.isdir(output):
+                raise UsageError(f"--output {name}: is a file; expected a folder, or a name with {endings}")
+        elif output.suffix.lower() not in WRITABLE:
+            raise UsageError(f"--output {name}: expected a name with {endings}, or a folder with / at its end")
+        elif len(set(sources)) > 1:
+            raise UsageError(f"--output {name}: one file for {len(sources)} images; give a folder with / at its end")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _is_folder(output: str) -> bool:
+    return output.endswith(("/", os.sep)) or os.path.isdir(output) or not PurePath(output).suffix
+
+
+def _output(source: Source, variant: int, config: SampleConfig, folder: bool) -> Path | None:
+    mark = f".{variant}" if config.variants > 1 else ""
+    name = PurePath(source.name)
+    if config.to_stdout:
+        return None
+    if config.output is None:
+        return Path(str(source)).with_name(f"{name.stem}.ibmd{mark}{config.suffix}")
+    output = Path(config.output)
+    if folder:
+        return output / name.with_name(f"{name.stem}{mark}{config.suffix}")
+    return output.with_name(f"{output.stem}{mark}{output.suffix}")
+
+
+def _unique(jobs: Sequence[Job]) -> list[Job]:
+    """Drop repeated jobs, and refuse outputs that would overwrite inputs or one another, also through links."""
+    inputs = {os.path.realpath(str(job.source)) for job in jobs}
+    makers: dict[str, Job] = {}
+    for job in jobs:
+        place = os.path.realpath(str(job.output))
+        other = makers.setdefault(place, job)
+        if place in inputs:
+            raise UsageError(
+                f"{shown(str(job.source))}: its output {shown(str(job.output))} is an input, too; give another --output"
+            )
+        if other is not job and (other.variant != job.variant or not _same(other.source, job.source)):
+            first, source, output = (shown(str(path)) for path in (other.source, job.source, job.output))
+            raise UsageError(f"{first} and {source} would both become {output}; {_apart(other.source, job.source)}")
+    return list(makers.values())
+
+
+def _apart(one: Source, other: Source) -> str:
+    """Say what keeps the outputs of two inputs apart."""
+    one_path, path = Path(str(one)), Path(str(other))
+    if one_path.parent == path.parent and one_path.suffix != path.suffix:
+        kinds = " and ".join(f"--input '{shown(path.parent / f'*{end}')}'" for end in (one_path.suffix, path.suffix))
+        return f"rename one, or make a run for each kind, {kinds}, with different --output"
+    return "translate them in two runs with different --output, or give the folder above them as --input, --recursive"
+
+
+def _check_grid(jobs: Sequence[Job], config: SampleConfig) -> list[str]:
+    """Refuse a contact sheet that is an input or an output; return its name if it exists."""
+    if config.grid is None:
+        return []
+    grid, place = shown(config.grid), os.path.realpath(config.grid)
+    if PurePath(config.grid).suffix.lower() not in WRITABLE:
+        raise UsageError(f"--grid {grid}: expected the name of a picture, e.g. sheet.png")
+    for job in jobs:
+        for path in (str(job.source), str(job.output)):
+            if os.path.realpath(path) == place:
+                raise UsageError(f"--grid {grid}: is {shown(path)}, an input or output; give another name")
+    return [config.grid] if os.path.lexists(config.grid) else []
+
+
+def _same(one: Source, other: Source) -> bool:
+    return one == other or os.path.realpath(str(one)) == os.path.realpath(str(other))

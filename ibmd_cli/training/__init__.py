@@ -1,0 +1,1 @@
+"""`ibmd distill`: settings, the training loop, run folders, checkpoints and the run's page."""

@@ -1,0 +1,130 @@
+"""How figures are written: numbers, the sentence that sums them up, and tables for terminals of any width."""
+
+import io
+import re
+
+import evaluated
+import pytest
+from rich.console import Console
+
+from ibmd_cli.evaluation import tables
+
+
+@pytest.fixture
+def results() -> dict:
+    return evaluated.results()
+
+
+def shown(results: dict, width: int) -> str:
+    """What a terminal of this width shows."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(tables.tables(results))
+    return console.file.getvalue()
+
+
+def test_numbers(results: dict):
+    kid, psnr, diversity = (results["metrics"][name] for name in ("kid", "psnr", "diversity"))
+    assert tables.heading(kid) == "KID ×1000 ↓"
+    assert tables.heading(diversity) == "diversity"
+    assert tables.label(psnr) == "PSNR dB ↑*"
+    assert tables.value({"value": -0.00001}, kid) == "0.0"  # not -0.0
+    assert tables.value({"value": 0.0968, "deviation": 0.002}, kid) == "96.8 ±2.0"
+    assert tables.interval({"low": -0.01, "high": 0.02}, kid, "+") == "[-10.0,+20.0]"
+    assert tables.interval({"low": None, "high": None}, kid) == ""
+    assert tables.value({"value": 17.346}, psnr, "+") == "+17.35"
+
+
+@pytest.mark.parametrize(
+    ("direction", "low", "high", "word"),
+    [
+        ("low", -2, -1, "better"),
+        ("low", 1, 2, "worse"),
+        ("high", 1, 2, "better"),
+        ("high", -2, -1, "worse"),
+        ("low", -1, 2, ""),
+        ("", 1, 2, ""),
+        ("low", None, None, ""),
+    ],
+)
+def test_a_difference_counts_if_its_interval_leaves_zero_out(direction: str, low: float, high: float, word: str):
+    value = 1 if low is None else (low + high) / 2
+    assert tables.verdict({"value": value, "low": low, "high": high}, {"direction": direction}) == word
+
+
+def test_the_ratio_of_diversities_is_shown_where_diversity_is(results: dict):
+    assert "diversity, ratio" in shown(results, 100)
+    del results["metrics"]["diversity"]
+    text = shown(results, 100)
+    assert "diversity" not in text
+    assert "times as fast" in text
+
+
+def test_best_is_best_as_it_is_shown(results: dict):
+    assert tables.best(results, "energy_score") == [3, 4]  # 2.00 and 2.001, shown alike
+    assert tables.best(results, "psnr") == [2]
+    assert tables.best(results, "diversity") == []
+    del results["rows"][1:]
+    assert tables.best(results, "psnr") == []  # of one row none is best
+
+
+def test_the_sentence_compares_with_the_teacher_at_its_best(results: dict):
+    first, second = tables.against_best(results)
+    assert (first["against"], second["against"]) == (3, 3)
+    assert tables.sentence(results, first) == (
+        "The energy score of student A is 2.06 with one evaluation per image; the teacher's best is 2.00 with 10 "
+        "evaluations. The difference is +0.06 [-0.14,+0.26], not resolved; student A is 10 times as fast."
+    )
+    assert "+0.46 [+0.26,+0.66], in favour of the teacher; student B is 5 times" in tables.sentence(results, second)
+    first["energy_score"].update(value=-0.5, low=-0.6, high=-0.4)
+    results["rows"][0]["label"] = "student"
+    assert "in favour of the student; the student is" in tables.sentence(results, first)
+    first["energy_score"].update(low=None, high=None)
+    assert "The difference is -0.50; the student is" in tables.sentence(results, first)
+
+
+def test_higher_may_be_better(results: dict):
+    results["metrics"] = {name: results["metrics"][name] for name in ("diversity", "psnr")}
+    assert [gap["against"] for gap in tables.against_best(results)] == [2, 2]
+    assert "The PSNR of student A is 17.33" in tables.sentence(results, tables.against_best(results)[0])
+    results["metrics"] = {"diversity": results["metrics"]["diversity"]}
+    assert tables.against_best(results) == []
+
+
+@pytest.mark.parametrize("width", [40, 72, 100, 200])
+def test_tables_fit_any_terminal_and_lose_nothing(results: dict, width: int):
+    text = shown(results, width)
+    assert max(map(len, text.splitlines())) <= width
+    words = set(text.split())
+    for row in results["rows"]:
+        for name, metric in results["metrics"].items():
+            assert tables.number(row[name]["value"], metric) in words
+    for gap in results["differences"]:
+        for name, metric in results["metrics"].items():
+            assert {
+                tables.number(gap[name]["value"], metric, "+"),
+                *tables.interval(gap[name], metric, "+").split(),
+            } <= words
+    assert text.count("energy score ↓*") == {40: 12, 72: 5, 100: 3, 200: 2}[width]  # a table each
+
+
+def test_what_else_a_terminal_shows(results: dict):
+    text = " ".join(shown(results, 1000).split())
+    assert "KID of real images, halves of 617: 0.0 [-20.0,20.0]" in text
+    assert "PSNR of unrelated real images: 8.00 [7.00,9.00]" in text
+    assert "* not comparable with published figures: energy score, PSNR: no published figure uses it" in text
+    assert "not measured: is: needs 5,000 images, there are 1,234" in text
+    assert "student A: builtin:student student B: runs/" in text
+    assert "over 3 seeds" not in text
+    results["settings"]["seeds"] = 3
+    assert "±: standard deviation over 3 seeds" in shown(results, 100)
+    assert evaluated.HOSTILE in text  # nothing in it is taken for a style
+    assert re.search(r"peak MiB +– +512 +512", shown(results, 200))
+
+
+def test_results_of_one_model(results: dict):
+    del results["rows"][1:]
+    results |= {"differences": [], "floor": {}}
+    text = shown(results, 80)
+    assert "2.06" in text
+    assert "peak" not in text  # unknown for all rows
+    assert "differences" not in text

@@ -1,0 +1,152 @@
+"""`ibmd export`: files that agree with the student, or no file."""
+
+import json
+import logging
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import ibmd_cli.export.exporter
+import ibmd_cli.export.onnx
+import ibmd_cli.export.program
+from ibmd_cli.cli import app
+from ibmd_cli.errors import IbmdError
+from ibmd_cli.export.exporter import FORMATS, Tolerance, make_config
+from ibmd_cli.export.load import load_exported, open_exported
+from ibmd_cli.models.folder import load_model
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    """PyTorch tells pytest's log thousands of things while it traces."""
+    logging.getLogger("torch").propagate = False
+    yield
+    logging.getLogger("torch").propagate = True
+
+
+def export(*arguments: object) -> object:
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_file_agrees_and_carries_its_configuration(tmp_path: Path, dtype: str):
+    file = tmp_path / "student.safetensors"
+    result = export("--dtype", dtype, "--output", file, "--json", *(["--quiet"] if dtype == "bf16" else []))
+    notes, report = result.stderr.splitlines(), json.loads(result.stdout)
+    assert notes[:1] == ([] if dtype == "bf16" else [f"writing {file}, and running it back"])
+    student, again = load_model("builtin:outline2emoji", "student"), load_model(str(file), "student")
+    assert again.config == student.config
+    assert {v.dtype for v in load_file(file).values()} == {
+        getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype])
+    }
+    parameters = sum(p.numel() for p in student.predictor.parameters())
+    assert report["bytes"] == file.stat().st_size
+    assert parameters * BYTES[dtype] < report["bytes"] < 1.05 * parameters * BYTES[dtype]
+    assert report["max_difference"] <= {"fp32": 0, "fp16": 0.02, "bf16": 0.1}[dtype]
+    assert report["psnr"] is None if report["max_difference"] == 0 else report["psnr"] > 45
+    assert report["images"] == 32
+
+
+def test_file_that_differs_is_not_left_behind(tmp_path: Path, monkeypatch):
+    for tolerance in (Tolerance(1e-9, 0), Tolerance(2, 1000)):
+        monkeypatch.setitem(ibmd_cli.export.exporter.TOLERANCE, "bf16", tolerance)
+        with pytest.raises(IbmdError, match="differs from builtin:outline2emoji by up to .* nothing was written"):
+            export("--dtype", "bf16", "--output", tmp_path / "student.safetensors")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_file_is_kept(tmp_path: Path):
+    file = tmp_path / "student.safetensors"
+    file.write_text("precious")
+    with pytest.raises(IbmdError, match="exists"):
+        export("--output", file)
+    assert file.read_text() == "precious"
+    export("--output", file, "--on-exists", "overwrite")
+    assert load_model(str(file)).nfe == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_damaged_weights_are_found(tmp_path: Path, format: str, monkeypatch):
+    """A graph whose weights are not the student's: the gate runs the file, not the student."""
+    make, write = ibmd_cli.export.onnx.make_graph, ibmd_cli.export.program.torch.export.save
+
+    def make_damaged(*arguments):
+        graph = make(*arguments)
+        tensor = max(graph.graph.initializer, key=lambda t: len(t.raw_data))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
+        return graph
+
+    def write_damaged(program, *arguments, **options):
+        with torch.no_grad():
+            max(program.state_dict.values(), key=torch.numel).neg_()
+        write(program, *arguments, **options)
+
+    monkeypatch.setattr(ibmd_cli.export.onnx, "make_graph", make_damaged)
+    monkeypatch.setattr(ibmd_cli.export.program.torch.export, "save", write_damaged)
+    with pytest.raises(IbmdError, match="differs from builtin:outline2emoji by up to .* nothing was written"):
+        export("--format", format, "--output", tmp_path / f"student{FORMATS[format].suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_all_formats_in_one_table(tmp_path: Path):
+    reports = json.loads(export("--all", "--output", tmp_path / "all", "--json").stdout)["exports"]
+    assert {(report["format"], report["dtype"]) for report in reports} == {
+        (format, dtype) for format, row in FORMATS.items() for dtype in row.dtypes if format != "web"
+    }
+    assert {Path(report["output"]) for report in reports} == set((tmp_path / "all").iterdir())
+    config = load_model("builtin:outline2emoji", "student").config
+    for report in reports:
+        assert report["max_difference"] <= ibmd_cli.export.exporter.TOLERANCE[report["dtype"]].max_difference
+        assert report["bytes"] == Path(report["output"]).stat().st_size
+        if report["format"] != "safetensors":
+            assert load_exported(Path(report["output"])).config == config
+    with pytest.raises(IbmdError, match="exists; give another --output"):
+        export("--all", "--output", tmp_path / "all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_noise_inside(tmp_path: Path, suffix: str):
+    report = json.loads(export("--noise-inside", "--output", tmp_path / f"student{suffix}", "--json").stdout)
+    assert report["max_difference"] < 1e-4
+    assert open_exported(tmp_path / f"student{suffix}").inputs == ("x_T",)
+
+
+def test_format_is_told_by_the_name():
+    for format, row in FORMATS.items():
+        assert make_config("runs/mine", Path(f"student{row.suffix}"), None, "fp32").format == format
+        assert make_config("builtin:outline2emoji", None, format, "fp16").output == Path(
+            f"outline2emoji-fp16{row.suffix}"
+        )
+    assert make_config("runs/mine", None, None, "fp32").output == Path("mine-fp32.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "fp8"], "--dtype: 'fp8' is not one of fp32, fp16, bf16"),
+        (["--dtype", "int8"], "--dtype: 'int8' is not one of fp32, fp16, bf16, which safetensors has"),
+        (["--output", "student.bin"], "expected a name that ends in .safetensors"),
+        (["--format", "onnx"], "expected a name that ends in .onnx for onnx"),
+        (["--format", "tflite"], "--format: 'tflite' is not one of safetensors, onnx, torch-export"),
+        (["--opset", "20"], "--opset 20: safetensors has none"),
+        (["--opset", "99", "--output", "student.onnx"], "--opset 99: expected 18 to 20"),
+        (["--noise-inside"], "--noise-inside: safetensors has no noise inside"),
+        (["--all", "--dtype", "fp16"], "--all: writes every format and dtype; leave out"),
+        (["--student", "builtin:outline2emojy"], "nearest: builtin:outline2emoji"),
+    ],
+)
+def test_bad_requests(tmp_path: Path, arguments: list[str], message: str):
+    with pytest.raises(IbmdError, match=message):
+        export("--output", tmp_path / "x.safetensors", *arguments)

@@ -1,0 +1,148 @@
+"""Model folders: round trips, and refusals that name what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
+from ibmd_cli.files import assets
+from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge
+from ibmd_cli.method.distillation import Sources, translate
+from ibmd_cli.method.noise import stream
+from ibmd_cli.models.folder import builtin_names, load_model, save_model
+from ibmd_cli.models.model import Student, student_times
+
+
+def edit(folder: Path, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_round_trip_is_exact(tiny_teacher: Path, tmp_path: Path):
+    teacher = load_model(str(tiny_teacher), "teacher")
+    save_model(teacher, tmp_path / "copy")
+    again = load_model(str(tmp_path / "copy"), "teacher")
+    x_T = torch.rand(2, 3, 16, 16)
+    assert again.config == teacher.config
+    draws = [model.translate(Sources(x_T), stream(0), nfe=3) for model in (teacher, again)]
+    assert torch.equal(*draws)
+
+
+def test_saving_replaces_a_folder_whole(tiny_teacher: Path):
+    teacher = load_model(str(tiny_teacher))
+    (tiny_teacher / "stray").touch()
+    save_model(teacher, tiny_teacher)
+    assert sorted(f.name for f in tiny_teacher.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert [f.name for f in tiny_teacher.parent.iterdir() if f.name.startswith(".")] == []
+
+
+def test_failed_save_leaves_the_old_folder(tiny_teacher: Path):
+    teacher = load_model(str(tiny_teacher))
+    before = (tiny_teacher / "model.safetensors").read_bytes()
+    teacher.config["licence"] = object()  # cannot be written as JSON
+    with pytest.raises(TypeError):
+        save_model(teacher, tiny_teacher)
+    assert (tiny_teacher / "model.safetensors").read_bytes() == before
+    assert [f.name for f in tiny_teacher.parent.iterdir() if f.name.startswith(".")] == []
+
+
+def test_newer_format_is_refused(tiny_teacher: Path):
+    edit(tiny_teacher, format_version=99, ibmd_version="9.9")
+    with pytest.raises(IbmdError, match=r"format_version 99, written by ibmd 9\.9.*pip install -U"):
+        load_model(str(tiny_teacher))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("backbone.out.2.bias"), r"backbone\.out\.2\.bias \(missing\)"),
+        (lambda t: t.update(stray=torch.zeros(1)), r"stray \(extra\)"),
+        (lambda t: t.update({"backbone.out.2.bias": torch.zeros(5)}), r"\[5\], expected \[3\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_listed(tiny_teacher: Path, change, message: str):
+    tensors = load_file(tiny_teacher / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tiny_teacher / "model.safetensors")
+    with pytest.raises(IbmdError, match=message):
+        load_model(str(tiny_teacher))
+
+
+def test_truncated_weights_and_bad_json_are_named(tiny_teacher: Path):
+    file = tiny_teacher / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(IbmdError, match="cannot be read as safetensors"):
+        load_model(str(tiny_teacher))
+    (tiny_teacher / "config.json").write_text("{")
+    with pytest.raises(IbmdError, match="cannot be read as JSON"):
+        load_model(str(tiny_teacher))
+
+
+@pytest.mark.parametrize("change", [{"format_version": None}, {"network": {}}, {"bridge": {"kind": "no"}}])
+def test_config_that_describes_no_model(tiny_teacher: Path, change: dict):
+    edit(tiny_teacher, **change)
+    with pytest.raises(IbmdError, match=r"format_version None|does not describe a model"):
+        load_model(str(tiny_teacher))
+
+
+def test_unknown_reference_names_the_nearest():
+    with pytest.raises(NotAvailable, match="builtin:outline2emoji"):
+        load_model("builtin:outline2emojy")
+    with pytest.raises(NotAvailable, match="builtin:outline2emoji"):
+        load_model("no/such/folder", "student")
+
+
+def test_teacher_where_a_student_is_needed(tiny_teacher: Path):
+    with pytest.raises(IbmdError, match="a teacher, where a student is needed"):
+        load_model(str(tiny_teacher), "student")
+
+
+def test_folder_without_a_model(tmp_path: Path):
+    with pytest.raises(NotAvailable, match=r"expected config\.json and model\.safetensors"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_embedded_models_load(kind: str):
+    assert "outline2emoji" in builtin_names()
+    assert load_model("builtin:outline2emoji", kind).image_size == 32
+
+
+def test_embedded_assets_are_small_and_attributed():
+    folder = assets() / "outline2emoji"
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 25e6
+    assert "CC BY-SA 4.0" in (folder / "LICENSE.md").read_text()
+    for kind in ("teacher", "student"):
+        assert load_model("builtin:outline2emoji", kind).config["licence"] == "CC-BY-SA-4.0"
+
+
+def test_student_of_four_steps_makes_fewer_calls_at_times_that_it_knows():
+    student = load_model("builtin:outline2emoji", "student")
+    assert isinstance(student, Student)
+    times = [1.0, 0.7, 0.4, 0.1]
+    sampling = {**student.config["sampling"], "timesteps": times}
+    student = Student(student.predictor, {**student.config, "sampling": sampling})
+    calls = {n: list(student.setup_for(n).timesteps) for n in (1, 2, 3, 4)}
+    assert calls == {1: [1.0], 2: [1.0, 0.4], 3: [1.0, 0.7, 0.1], 4: times}
+    x_T = torch.rand(1, 3, 32, 32)
+    *_, last = translate(student.predictor, student.setup_for(2), Sources(x_T), stream(0))
+    assert torch.equal(student.translate(Sources(x_T), stream(0), nfe=2), last.clamp(-1, 1))
+    for nfe in (0, 5):
+        with pytest.raises(UsageError, match=f"--nfe {nfe}: .* was distilled for 4: expected 1 … 4"):
+            student.setup_for(nfe)
+
+
+@pytest.mark.parametrize("bridge", [VPBridge(), VEBridge(T=80.0), I2SBBridge(), DBIMBridge()], ids=lambda b: b.kind)
+def test_times_of_a_student(bridge):
+    for nfe in (1, 2, 4):
+        times = student_times(bridge, nfe)
+        assert times == sorted(times, reverse=True)
+        assert (len(times), times[0]) == (nfe, bridge.T)
+        assert student_times(bridge, nfe, times) == times
+    wrong = [(bridge.T / 2,), (bridge.T, bridge.T), (bridge.T, 0.0), (bridge.T, bridge.t_min)]
+    for times in wrong + ([(999, 499.5)] if bridge.kind == "i2sb" else []):
+        with pytest.raises(UsageError, match="--timesteps .*: expected .* fall from"):
+            student_times(bridge, len(times), times)

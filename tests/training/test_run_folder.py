@@ -1,0 +1,464 @@
+"""A run cannot be lost: whatever stops it, the same command gives the student of an uninterrupted run, to the bit."""
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from distilling import distill, interrupt, log, poison, same, weights
+
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.model import Student
+from ibmd_cli.reporting import Reporter
+from ibmd_cli.training.log import read_log
+from ibmd_cli.training.optimise import Player, Schedule
+from ibmd_cli.training.run_folder import Run
+
+MEASURED = ("seconds", "images_per_second", "peak_memory_bytes")
+"""What a clock or a meter says, and may differ from run to run."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def arguments(tiny_teacher: Path, drawings: Path, cache: Path) -> list[object]:
+    """A run of four steps, with the same settings in each test."""
+    for folder in (tiny_teacher, drawings):
+        if not (cache / folder.name).exists():
+            shutil.copytree(folder, cache / folder.name)
+    small = ["--steps", 4, "--bridge-steps", 2, "--batch-size", 2, "--checkpoint-every", 2, "--preview-every", 4]
+    return ["--teacher", cache / tiny_teacher.name, "--data", cache / drawings.name, *small, "--quiet"]
+
+
+@pytest.fixture
+def whole(arguments: list[object], cache: Path, tmp_path: Path) -> Path:
+    """A run that nothing interrupted."""
+    if not (cache / "whole").exists():
+        distill(*arguments, "--out", cache / "whole")
+    shutil.copytree(cache / "whole", tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_continues_to_the_same_bit(
+    arguments: list[object], whole: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+):
+    command = [*arguments, "--out", tmp_path / "cut"]
+    interrupt(monkeypatch, command, 3, number)
+    assert (tmp_path / "cut" / "checkpoints" / "step-000003").is_dir()
+    distill(*command)
+    assert same(whole, tmp_path / "cut")
+    assert log(whole, MEASURED) == log(tmp_path / "cut", MEASURED)
+    for file in (tmp_path / "cut" / "previews").iterdir():
+        assert file.read_bytes() == (whole / "previews" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [(flip, "state.pt"), (truncate, "state.pt"), (Path.unlink, "state.pt"), (truncate, "state.pt.sha256")],
+)
+def test_damaged_checkpoint_gives_way_to_the_one_before(
+    arguments: list[object], whole: Path, name: str, damage: Callable[[Path], None]
+):
+    before = weights(whole)
+    damage(whole / "checkpoints" / "step-000004" / name)
+    result = distill(*arguments, "--out", whole)
+    assert re.search(r"step-000004: damaged .*; trying the one before it", result.stderr), result.stderr
+    assert all(torch.equal(before[key], v) for key, v in weights(whole).items())
+
+
+def test_damaged_checkpoint_does_not_push_out_a_sound_one(
+    arguments: list[object], whole: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With --keep 1, the one of step 3 is the only one to continue from, though a later, damaged one is there."""
+    flip(whole / "checkpoints" / "step-000004" / "state.pt")
+    command = [*arguments, "--keep", "1", "--out", whole]
+    interrupt(monkeypatch, command, 1)
+    assert {folder.name for folder in (whole / "checkpoints").iterdir()} == {"step-000003", "step-000004"}
+    before = log(whole, MEASURED)
+    distill(*command)
+    assert log(whole, MEASURED)[:3] == before
+
+
+def test_no_sound_checkpoint(arguments: list[object], whole: Path):
+    before = weights(whole)
+    for file in whole.glob("checkpoints/*/state.pt"):
+        truncate(file)
+    assert "no sound checkpoint; starting from step 0" in distill(*arguments, "--out", whole).stderr
+    assert all(torch.equal(before[key], v) for key, v in weights(whole).items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [(flip, "model.safetensors"), (flip, "config.json"), (truncate, "config.json"), (shutil.rmtree, "")],
+)
+def test_damaged_student_is_written_again(
+    arguments: list[object], whole: Path, name: str, damage: Callable[[Path], None]
+):
+    before = weights(whole)
+    damage(whole / "student" / name)
+    assert "written again from the checkpoint" in distill(*arguments, "--out", whole).stderr
+    assert all(torch.equal(before[key], v) for key, v in weights(whole).items())
+    assert load_model(str(whole)).config["training"]["step"] == 4
+
+
+def test_what_a_killed_process_leaves(arguments: list[object], whole: Path, tmp_path: Path):
+    """Killed between the two renames of `student/`, in the middle of a log line and of other files."""
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-000004")
+    (cut / "student").rename(cut / ".ibmd-abc.old")
+    for folder in (cut, cut / "checkpoints"):
+        shutil.copytree(whole / "student", folder / ".ibmd-def.tmp")
+    (cut / "previews" / ".ibmd-ghi.tmp.png").write_bytes(b"half")
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "bri')
+    distill(*arguments, "--out", cut)
+    assert same(whole, cut)
+    assert log(whole, MEASURED) == log(cut, MEASURED)
+    assert not list(cut.rglob(".ibmd-*"))
+
+
+def test_killed_before_the_settings_were_written(arguments: list[object], tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".ibmd-abc.tmp.json").touch()
+    assert distill(*arguments, "--steps", 1, "--out", tmp_path / "run").exit_code == 0
+    assert not list((tmp_path / "run").rglob(".ibmd-*"))
+
+
+def test_disk_full_during_a_checkpoint(
+    arguments: list[object], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The run stops in one line, and continues to the same bit when there is space again."""
+    command = [*arguments, "--out", tmp_path / "cut"]
+    interrupt(monkeypatch, command, 2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(IbmdError, match="step-000004: cannot be written, .* the checkpoint before it is intact"):
+            distill(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written" in (tmp_path / "cut" / "run.html").read_text()
+    assert [folder.name for folder in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000002"]
+    result = distill(*command)
+    assert "damaged" not in result.stderr
+    assert same(whole, tmp_path / "cut")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a file system: not root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)  # at once, even if a traceback holds a file open
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.1])
+def test_full_disk(
+    arguments: list[object], whole: Path, small_disk: Path, share: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Space is left for a share of a checkpoint: the log, the checkpoint or the student does not fit."""
+    command = [*arguments, "--out", small_disk / "cut"]
+    interrupt(monkeypatch, command, 2)
+    left = int(share * (whole / "checkpoints" / "step-000004" / "state.pt").stat().st_size)
+    (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+    with pytest.raises((IbmdError, OSError)) as caught:
+        distill(*command)
+    assert isinstance(caught.value, IbmdError) or caught.value.errno == errno.ENOSPC
+    (small_disk / "other").unlink()
+    assert "damaged (" not in distill(*command).stderr
+    assert same(whole, small_disk / "cut")
+    assert log(whole, MEASURED) == log(small_disk / "cut", MEASURED)
+
+
+def test_finished_run_is_left_alone(arguments: list[object], whole: Path):
+    before = (whole / "student" / "model.safetensors").stat().st_mtime_ns
+    result = distill(*arguments, "--out", whole)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert (whole / "student" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_changed_setting_is_refused_by_name(arguments: list[object], whole: Path):
+    with pytest.raises(UsageError, match=r"other settings \(lr: .* there, 0\.5 here\)"):
+        distill(*arguments, "--out", whole, "--lr", "0.5")
+    with pytest.raises(UsageError, match="holds a run already"):
+        distill(*arguments, "--out", whole, "--resume", "never")
+
+
+def test_foreign_folder_is_refused(arguments: list[object], tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="not empty and not a run folder"):
+        distill(*arguments, "--out", tmp_path / "run")
+
+
+def test_two_commands_do_not_train_in_one_folder(arguments: list[object], whole: Path):
+    with (whole / "config.json").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another process trains in it"):
+            distill(*arguments, "--out", whole)
+    assert distill(*arguments, "--out", whole).exit_code == 0
+
+
+# ------------------------------------------------------------------------------------- losses that are not finite
+
+
+def test_skipped_steps_are_counted_and_resumed_exactly(
+    arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # The bridge model's first two updates of the second step (k = 1), and the student's third update.
+    poison(monkeypatch, lambda name, step: step == 2 if name == "student" else step in (2, 3))
+    for name in ("whole", "cut"):
+        command = [*arguments, "--out", tmp_path / name]
+        if name == "cut":
+            interrupt(monkeypatch, command, 3)
+        result = distill(*command)
+        assert "not finite" in result.stderr or name == "cut"
+    lines = log(tmp_path / "whole", MEASURED)
+    assert [line["skipped"] for line in lines] == [0, 2, 3, 3]
+    assert lines == log(tmp_path / "cut", MEASURED)
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert all(v.isfinite().all() for v in weights(tmp_path / "cut").values())
+
+
+def test_scaler_of_fp16_is_in_the_checkpoint(whole: Path, tmp_path: Path):
+    student = load_model(str(whole), "student")
+    assert isinstance(student, Student)
+    player = Player("student", student.predictor, Accelerator(cpu=True), Schedule(0.1), steps=4, seed=0)
+    saved, loaded = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (2.0**5, 2.0**16))
+    Run(tmp_path / "run", {"student": player}, student, 2, saved).save(1, 0.0)
+    assert Run(tmp_path / "run", {"student": player}, student, 2, loaded).restore("auto", Reporter(quiet=True))[0] == 1
+    assert loaded.get_scale() == 2.0**5
+
+
+def test_divergence_stops_and_names_the_way_on(
+    arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = [*arguments, "--steps", "12"]
+    with monkeypatch.context() as patch:
+        poison(patch, lambda name, step: name == "student" and step >= 3)
+        with pytest.raises(IbmdError, match="student step 8: .* not finite 5 times in a row") as caught:
+            distill(*arguments, "--out", tmp_path / "first")
+    checkpoint = tmp_path / "first" / "checkpoints" / "step-000006"
+    assert f"--resume {checkpoint} starts it from the last good checkpoint" in str(caught.value)
+    assert "not finite 5 times" in (tmp_path / "first" / "run.html").read_text()
+    command = [*arguments, "--lr", "1e-5", "--resume", checkpoint, "--out", tmp_path / "second"]
+    interrupt(monkeypatch, command, 3)
+    shutil.rmtree(tmp_path / "first")  # no longer needed: it continues from its own checkpoint of step 9
+    distill(*command)
+    assert [line["step"] for line in log(tmp_path / "second")] == list(range(7, 13))
+    assert load_model(str(tmp_path / "second")).config["training"]["step"] == 12
+
+
+def test_named_checkpoint_must_be_sound(arguments: list[object], whole: Path, tmp_path: Path):
+    distill(*arguments, "--steps", "6", "--resume", whole / "checkpoints" / "step-000002", "--out", tmp_path / "more")
+    assert load_model(str(tmp_path / "more")).config["training"]["step"] == 6
+    flip(whole / "checkpoints" / "step-000004" / "state.pt")
+    with pytest.raises(IbmdError, match="--resume .*step-000004: not a sound checkpoint"):
+        distill(*arguments, "--resume", whole / "checkpoints" / "step-000004", "--out", whole)
+
+
+# ------------------------------------------------------------------------------------------ real signals and processes
+
+
+FILE_EVENTS = ("open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+
+
+def train(arguments: list[object], out: Path, operation: int) -> None:
+    """Run `ibmd distill` in this process, and be killed as file operation number `operation` in `out` begins."""
+    torch.set_num_threads(1)
+    left = operation
+
+    def count(event: str, details: tuple[object, ...]) -> None:
+        nonlocal left
+        # A relative path is one that `shutil.rmtree` removes.
+        if event in FILE_EVENTS and (str(details[0]).startswith(str(out)) or not str(details[0]).startswith("/")):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    distill(*arguments, "--out", out)
+
+
+@pytest.mark.slow
+def test_25_kills(arguments: list[object], tmp_path: Path):
+    """SIGKILL, by turns at a random time and in a random file operation, of a run that is always writing."""
+    arguments = [*arguments, "--bridge-steps", 1, "--steps", 80]
+    context = multiprocessing.get_context("forkserver")  # imports PyTorch once
+    context.set_forkserver_preload(["ibmd_cli.training.loop", "torch._dynamo", "typer.testing", "pytest"])
+    rng, out, half_written = random.Random(0), tmp_path / "killed", 0
+    for i in range(25):
+        in_operation = i % 2 == 0
+        busy = [*arguments, "--checkpoint-every", 1, "--preview-every", 1]
+        before = len(read_log(out))
+        process = context.Process(target=train, args=(busy, out, rng.randint(1, 150) if in_operation else 0))
+        process.start()
+        while not in_operation and len(read_log(out)) <= before and process.is_alive():
+            time.sleep(0.01)
+        process.join(None if in_operation else rng.uniform(0, 0.25))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"process {i} ended by itself"
+        half_written += bool(list(out.rglob(".ibmd-*")))
+    assert half_written >= 5
+    result = distill(*arguments, "--checkpoint-every", 80, "--out", out)
+    assert "damaged (" not in result.stderr  # what was half-written never looked like a checkpoint
+    distill(*arguments, "--checkpoint-every", 80, "--out", tmp_path / "whole")
+    assert same(out, tmp_path / "whole")
+    losses = [[line["bridge_loss"], line["student_loss"]] for line in log(out)]
+    assert losses == [[line["bridge_loss"], line["student_loss"]] for line in log(tmp_path / "whole")]
+    assert not list(out.rglob(".ibmd-*"))
+
+
+@pytest.mark.slow
+def test_processes_pass_on_signals_and_exit_codes(arguments: list[object], tmp_path: Path):
+    program = [sys.executable, "-m", "ibmd_cli", "distill", *map(str, arguments), "--device", "cpu", "--processes", "2"]
+    program += ["--out", str(tmp_path / "run")]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    wrong = subprocess.run([*program, "--batch-size", "3"], capture_output=True, text=True, env=environ)
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1), wrong.stderr
+    run = subprocess.Popen([*program, "--steps", "2000"], env=environ, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert run.poll() is None
+        time.sleep(0.2)
+    run.terminate()
+    assert run.wait(60) == 130
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert newest.name == f"step-{len(lines):06d}"  # both stopped after the step, with a checkpoint
+
+
+SKIPPING = """
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from ibmd_cli.training.optimise import Player, Schedule
+
+torch.manual_seed(0)
+accelerator = Accelerator(cpu=True)
+player = Player("p", torch.nn.Linear(3, 1), accelerator, Schedule(0.1), steps=4, seed=0)
+for step in range(4):
+    def compute(rng, backward):
+        loss = player.model(torch.randn(2, 3, generator=rng)).square().mean()
+        backward(loss * (torch.nan if step == 2 and accelerator.process_index == 1 else 1.0))
+        return loss.item()
+    player.update(step, compute)
+result = f"{player.skipped} {player.network.weight.tolist()}"
+Path(sys.argv[1], f"result-{accelerator.process_index}").write_text(result)
+"""
+
+
+SPLIT = """
+import json, sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from ibmd_cli.training.fsdp import part
+from ibmd_cli.models.folder import load_model
+from ibmd_cli.training.optimise import Player, Schedule
+
+accelerator = Accelerator(cpu=True)
+predictor = load_model(sys.argv[2], "teacher").predictor
+numbers = sum(p.numel() for p in predictor.parameters())
+player = Player("p", predictor, accelerator, Schedule(0.1), steps=1, seed=0, ema=0.9, split=True)
+def compute(rng, backward):
+    x = torch.randn(2, 3, 16, 16, generator=rng)
+    loss = player.model(x, torch.full((2,), 0.5), x).square().mean()
+    backward(loss)
+    return loss.detach()
+player.update(0, compute)
+moments = [v for state in player.optimizer.state_dict()["state"].values() for v in state.values() if v.ndim]
+kinds = [player.network.parameters(), player.average.module.parameters(), moments]
+shares = [sum(part(x).numel() for x in tensors) / numbers for tensors in kinds]
+Path(sys.argv[1], f"result-{accelerator.process_index}").write_text(json.dumps(shares))
+"""
+
+
+def in_two_processes(program: str, folder: Path, *arguments: object) -> list[str]:
+    """Run a program in two processes that talk through gloo; return what each wrote into its file in the folder."""
+    (folder / "program.py").write_text(program)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launch, *map(str, (folder / "program.py", folder, *arguments))]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [(folder / f"result-{i}").read_text() for i in range(2)]
+
+
+@pytest.mark.slow
+def test_processes_skip_together(tmp_path: Path):
+    """A gradient that is not finite in one of two processes is skipped by both, and they stay the same."""
+    one, other = in_two_processes(SKIPPING, tmp_path)
+    assert one == other
+    assert one.startswith("1 ")
+
+
+@pytest.mark.slow
+def test_processes_hold_a_half_each(tiny_teacher: Path, tmp_path: Path):
+    """With --fsdp: of weights, average and both moments; a first dimension of 3 leaves 2 to one and 1 to the other."""
+    shares = [json.loads(text) for text in in_two_processes(SPLIT, tmp_path, tiny_teacher)]
+    for weights_, average, moments in shares:
+        assert weights_ == average == moments / 2 == pytest.approx(0.5, abs=0.01)
+    assert sum(weights_ for weights_, *_ in shares) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--micro-batch", "auto"], ["--fsdp", "--micro-batch", "1"]], ids=lambda o: o[0])
+def test_two_processes(arguments: list[object], tmp_path: Path, options: list[str]):
+    """Two CPU processes over gloo learn what one learns, and one may continue their run."""
+    arguments = [*arguments, "--batch-size", 4]
+    distill(*arguments, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "ibmd_cli", "distill", *map(str, arguments), "--device", "cpu"]
+    command += ["--processes", "2", *options, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "two" / "student")]
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
+    shutil.copytree(tmp_path / "two", tmp_path / "both")
+    distill(*arguments, "--out", tmp_path / "both")
+    for name in ("two", "both"):
+        for key in ("bridge_loss", "student_loss"):
+            losses = [[line[key] for line in log(tmp_path / run)] for run in ("one", name)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
+        alone, together = weights(tmp_path / "one"), weights(tmp_path / name)
+        differences = torch.cat([(alone[key] - v).abs().flatten() for key, v in together.items()])
+        # Adam turns the rounding of gradients that are nearly zero into steps of up to lr, here 5e-5.
+        assert differences.quantile(0.99) < 1e-6
+        assert differences.max() <= 4 * 2 * 5e-5
+    assert load_model(str(tmp_path / "both")).config["training"]["step"] == 4
