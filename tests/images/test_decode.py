@@ -1,4 +1,4 @@
-"""Files become RGB by the documented rules or are refused in one line; tensors and sizes come back as they went."""
+"""Files become RGB by the documented rules or are refused in one line."""
 
 import io
 import os
@@ -12,50 +12,19 @@ from threading import Lock
 
 import numpy as np
 import pytest
-import torch
 from hostile import bombs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from imagefiles import FORMATS, file_of, quarters, refusal, rgb_of
 from PIL import Image, ImageCms, ImageOps
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.images.decode import Budget, Picture, decode, own_limits, read_image, shown, to_picture
-from ibmd_cli.images.encode import WRITABLE, encode
-from ibmd_cli.images.find import find_images, find_matches
-from ibmd_cli.images.fit import fit, to_image, to_tensor, to_uint8, unfit
-
-FORMATS = ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF"]
-
-
-def file_of(image: Image.Image, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def rgb_of(content: bytes, **options) -> np.ndarray:
-    image = decode(io.BytesIO(content), "test", **options).rgb
-    assert image.mode == "RGB"
-    return np.asarray(image).astype(int)
-
-
-def refusal(content: bytes, **options) -> str:
-    with pytest.raises(IbmdError) as caught:
-        decode(io.BytesIO(content), "some.png", **options)
-    message = str(caught.value)
-    assert message.startswith("some.png: ")
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture
 def picture() -> Image.Image:
-    """Four flat quarters of different colours and sizes, which no format distorts much and no turn leaves alone."""
-    image = Image.new("RGB", (48, 32), (250, 250, 250))
-    image.paste((200, 40, 40), (0, 0, 32, 16))
-    image.paste((40, 160, 40), (32, 0, 48, 16))
-    image.paste((30, 30, 200), (0, 16, 32, 32))
-    return image
+    return quarters()
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -392,165 +361,3 @@ def test_messages_stay_on_one_line(tmp_path):
         read_image(path)
     assert r"a\nb\x1b[31m\xe9.png" in str(caught.value)
     assert shown("ünï 🎨.png") == "ünï 🎨.png"
-
-
-# ------------------------------------------------------------------------------------------------------ writing
-
-
-@pytest.mark.parametrize("suffix", WRITABLE)
-def test_written_files_come_back(suffix, picture):
-    error = np.abs(rgb_of(encode(picture, suffix)) - np.asarray(picture))
-    exact = suffix in (".png", ".webp", ".tif", ".tiff", ".bmp")
-    assert error.max() <= (0 if exact else 40)  # at edges
-    assert error.mean() <= 2
-
-
-def test_what_a_format_cannot_hold():
-    with pytest.raises(IbmdError, match=r"use \.png"):
-        encode(Image.new("RGB", (20_000, 1)), ".webp")
-
-
-# ------------------------------------------------------------------------------------------------------ tensors
-
-
-def test_every_value_comes_back():
-    values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
-    image = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
-    x = to_tensor(image)
-    assert x.dtype == torch.float32
-    assert (x.min(), x.max()) == (-1, 1)
-    assert torch.equal(to_uint8(x), values)
-    assert torch.equal(to_uint8(image), values)
-    assert to_image(x).tobytes() == image.tobytes()
-
-
-def test_quantising_clamps_and_rounds():
-    x = torch.tensor([-3.0, -1, -1 + 0.9 / 127.5, 0.999, 1, 7]).reshape(1, 1, 1, 6)
-    assert to_uint8(x).flatten().tolist() == [0, 0, 1, 255, 255, 255]
-
-
-# -------------------------------------------------------------------------------------------------------- sizes
-
-SIDES = st.integers(1, 70) | st.sampled_from([1, 37, 1000])
-MODES = ["pad", "stretch", "crop"]
-
-
-@settings(deadline=None, max_examples=60)
-@given(SIDES, SIDES, st.sampled_from([8, 32]), st.sampled_from(MODES), st.integers(0, 255))
-def test_every_size_fits_and_comes_back(width, height, side, mode, grey):
-    flat = Image.new("RGB", (width, height), (grey, 0, 255 - grey))
-    x, geometry = fit(flat, side, mode)
-    assert x.shape == (3, side, side)
-    assert to_uint8(x).flatten(1).unique(dim=1).shape[1] == 1  # flat paper, flat padding
-    back = unfit(to_image(x), geometry)
-    assert back.size == flat.size
-    left, upper, right, lower = geometry.seen
-    assert 0 <= left < right <= width
-    assert 0 <= upper < lower <= height
-    assert back.crop(geometry.seen).tobytes() == flat.crop(geometry.seen).tobytes()
-    if mode != "crop":
-        assert geometry.seen == (0, 0, width, height)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_the_size_of_the_model_is_left_alone(mode):
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    x, geometry = fit(Image.fromarray(pixels), 32, mode)
-    assert torch.equal(to_uint8(x).permute(1, 2, 0), torch.from_numpy(pixels))
-    assert unfit(to_image(x), geometry).tobytes() == pixels.tobytes()
-
-
-@pytest.mark.parametrize("size", [(1, 1), (4001, 37), (37, 4001)])
-@pytest.mark.parametrize("mode", MODES)
-def test_extreme_sizes(size, mode):
-    x, geometry = fit(Image.new("RGB", size, "teal"), 32, mode)
-    assert unfit(to_image(x), geometry).size == size
-
-
-def test_padding_keeps_proportions_and_paper(picture):
-    drawing = Image.new("RGB", (60, 40), (240, 235, 220))
-    drawing.paste("black", (0, 19, 60, 22))  # a line that touches the border
-    x, geometry = fit(drawing, 30, "pad")
-    assert geometry.place == (0, 5, 30, 25)
-    padding = torch.cat([to_uint8(x)[:, :5], to_uint8(x)[:, 25:]], 1)
-    assert padding.flatten(1).unique(dim=1).flatten().tolist() == [240, 235, 220]
-
-
-def test_crop_shows_the_middle():
-    wide = Image.new("RGB", (90, 30), "red")
-    wide.paste("blue", (30, 0, 60, 30))
-    x, geometry = fit(wide, 10, "crop")
-    assert to_uint8(x)[2, 1:-1, 1:-1].min() == 255
-    back = np.asarray(unfit(to_image(x), geometry))
-    assert (back[:, :30] == 255).all()
-    assert (back[:, 60:] == 255).all()
-    assert (back[:, 35:55, 2] == 255).all()
-
-
-def test_lines_survive_reduction():
-    drawing = Image.new("RGB", (600, 400), "white")
-    drawing.paste("black", (290, 0, 310, 400))  # 1/30 of the width: one pixel of 32
-    x, _ = fit(drawing, 32, "pad")
-    ink = (1 - x[:, 8:24]).sum(dim=2) / 2
-    assert ((ink - 32 / 30).abs() < 0.05).all()  # in every row
-    assert x.max() == 1  # and the paper white, without overshoot
-
-
-# ------------------------------------------------------------------------------------------------------ folders
-
-
-def test_find_images(tmp_path, picture):
-    for name in ["b.png", "a.JPG", "sub/c.webp", "sub/deep/d.tif", ".hidden.png", ".cache/e.png", "notes.txt"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(tmp_path / name, "PNG")
-    for name in ["b.ibmd.png", "b.ibmd.12.png", "sub/c.ibmd.png"]:
-        picture.save(tmp_path / name)
-    os.mkfifo(tmp_path / "fifo.png")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
-    (tmp_path / "link.png").symlink_to(tmp_path / "b.png")
-    (tmp_path / "broken.png").symlink_to(tmp_path / "absent.png")
-
-    def names(**options) -> list[str]:
-        return [str(f.relative_to(tmp_path)) for f in find_images(tmp_path, **options)]
-
-    assert names(recursive=False) == ["a.JPG", "b.png", "link.png"]
-    assert names() == ["a.JPG", "b.png", "link.png", "sub/c.webp", "sub/deep/d.tif"]
-    assert names(without=tmp_path / "sub" / "deep") == ["a.JPG", "b.png", "link.png", "sub/c.webp"]
-    assert find_images(tmp_path / "b.png") == [tmp_path / "b.png"]
-
-
-def test_find_matches(tmp_path):
-    for name in ("a/x.png", "a/y.jpg", "a/b/x.png", "a/b/c/x.png", "a/.hid/x.png", "a/.x.png", "a/x.ibmd.png", "n.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    for i in range(3):  # a search that followed them would not end
-        (tmp_path / "a" / f"loop{i}").symlink_to(tmp_path)
-    (tmp_path / "a" / "link.png").symlink_to("x.png")
-
-    def names(pattern: str) -> list[str]:
-        folder, found = find_matches(f"{tmp_path}/{pattern}", pytest.fail)
-        assert folder == tmp_path / ("" if pattern[0] in "*[" else "a")
-        return [str(path.relative_to(tmp_path)) for path in found]
-
-    assert names("**/x.png") == ["a/b/c/x.png", "a/b/x.png", "a/x.png"]
-    assert names("a/**/b/**/*.png") == ["a/b/c/x.png", "a/b/x.png"]
-    assert names("a/*.png") == ["a/link.png", "a/x.png"]
-    assert names("a/?.[jp]*g") == ["a/x.png", "a/y.jpg"]
-    assert names("*/*/x.png") == ["a/b/x.png"]
-    assert names("[a]/*") == ["a/b", "a/link.png", "a/x.png", "a/y.jpg"]
-    assert names("a/**") == names("a/**/*")
-    assert names("a/.h*/*.png") == ["a/.hid/x.png"]
-    assert names("a/*/absent/*") == []
-    assert find_matches(str(tmp_path / "absent/*.png"), pytest.fail) == (tmp_path / "absent", [])
-    assert find_matches(str(tmp_path / "absent.png"), pytest.fail)[1] == []
-    errors: list[OSError] = []
-    find_matches(str(tmp_path / "n.txt/*.png"), errors.append)
-    assert [error.filename for error in errors] == [str(tmp_path / "n.txt")]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
-def test_unreadable_folder(tmp_path):
-    (tmp_path / "locked").mkdir(mode=0)
-    with pytest.raises(IbmdError, match="locked"):
-        find_images(tmp_path)
