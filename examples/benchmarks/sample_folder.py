@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 
 from ibmd_cli.data.embedded import embedded_sources
-from ibmd_cli.devices import share_freed_memory
 from ibmd_cli.export.load import is_exported, load_exported
 from ibmd_cli.images.decode import read_picture
+from ibmd_cli.processes import share_freed_memory
 from ibmd_cli.sampling.engine import load_engine
 from ibmd_cli.sampling.translator import Translator
 

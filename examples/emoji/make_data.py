@@ -10,7 +10,7 @@ aligned pairs on white with resvg (training pairs in random poses and stroke wid
 Everything is deterministic: the split depends on the code points only, a pose on (code points, variant).
 
     pip install numpy pillow resvg_py
-    python make_data.py --out build/outline2emoji
+    python examples/emoji/make_data.py --out build/outline2emoji
 """
 
 import argparse
