@@ -144,9 +144,9 @@ def measure(way: Way, case: str, batch: int, bridge_steps: int, device: str, thr
     from straightforward import ibmd as plainly
 
     from ibmd_cli.devices import forget_peak, peak_memory
-    from ibmd_cli.processes import keep_freed_memory
     from ibmd_cli.method.distillation import Setup, Sources, ibmd
     from ibmd_cli.method.noise import Streams, randn
+    from ibmd_cli.processes import keep_freed_memory
     from ibmd_cli.training.optimise import Player, Schedule
 
     torch.set_num_threads(threads)
