@@ -147,7 +147,7 @@ def read_json(file: Path) -> dict[str, Any]:
         IbmdError: the file is absent or is not one.
     """
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise IbmdError(f"{file}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

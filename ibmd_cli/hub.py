@@ -325,7 +325,7 @@ def _verify(path: Path, name: str) -> None:
     record = cache_folder() / "verified" / hashlib.sha256(str(blob).encode()).hexdigest()
     stat = blob.stat()
     state = f"{stat.st_size} {stat.st_mtime_ns} {blob}\n"
-    if record.is_file() and record.read_text() == state:
+    if record.is_file() and record.read_text(encoding="utf-8", errors="surrogateescape") == state:
         return
     expected = _expected_hash(path)
     with blob.open("rb") as stream:
@@ -340,7 +340,7 @@ def _verify(path: Path, name: str) -> None:
         path.unlink(missing_ok=True)
         raise IbmdError(f"{name}: its hash is {found}, expected {expected}: deleted; try again")
     with suppress(OSError), atomic_file(record) as new:  # where nothing can be kept, each use verifies
-        new.write_text(state)
+        new.write_text(state, encoding="utf-8", errors="surrogateescape")
 
 
 def _expected_hash(path: Path) -> str:

@@ -137,7 +137,7 @@ def _ask(name: str, row: dict[str, Any], reporter: Reporter, yes: bool) -> None:
 def _alone(place: Path, reporter: Reporter) -> Iterator[None]:
     """Hold a data set against other processes."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name("lock").open("w") as lock:
+    with place.with_name("lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -214,7 +214,7 @@ def download(url: str, path: Path, reporter: Reporter) -> None:
 def _open(url: str, start: int, tag: Path) -> Iterator[HTTPResponse | None]:
     """Ask for a file from byte `start` on; None if there is no more of it."""
     headers = {"User-Agent": f"ibmd/{__version__}", "Range": f"bytes={start}-"}
-    if start and tag.exists() and (mark := tag.read_text()):
+    if start and tag.exists() and (mark := tag.read_text(encoding="utf-8")):
         headers["If-Range"] = mark  # if it has changed, all of it comes
     try:
         response = urlopen(Request(url, headers=headers), timeout=60)
@@ -237,7 +237,7 @@ def _receive(response: HTTPResponse, path: Path, tag: Path, reporter: Reporter) 
     mark = response.headers.get("ETag", "W/")
     if mark.startswith("W/"):  # a weak one does not tell whether the bytes are the same
         mark = response.headers.get("Last-Modified", "")
-    tag.write_text(mark)
+    tag.write_text(mark, encoding="utf-8")
     with (
         path.open("r+b" if path.exists() else "wb") as file,
         reporter.progress(path.name.removesuffix(".part"), (end or 0) // MB, "MB", start // MB) as meter,

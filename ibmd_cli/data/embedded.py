@@ -62,7 +62,7 @@ def _index(name: str) -> tuple[Path, dict[str, Any]]:
     if not file.is_file():
         known = sorted(f"builtin:{f.parent.name}" for f in assets().glob("*/pairs.json"))
         raise NotAvailable(f"no data 'builtin:{name}': {nearest(f'builtin:{name}', known)}")
-    return file.parent, json.loads(file.read_text())
+    return file.parent, json.loads(file.read_text(encoding="utf-8"))
 
 
 def _tiles(file: Path, index: dict[str, Any], count: int, scale: int = 1) -> Tensor:

@@ -181,7 +181,11 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
             results |= pictures.write(config.out, chosen, terms, entries, pairs, measurement, device)
             summary.write_scores(config.out / "scores.csv", pairs.names, terms)
             with atomic_file(config.out / "results.json") as new:
-                new.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+                new.write_text(
+                    json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+                    encoding="utf-8",
+                    errors="backslashreplace",
+                )
             write_report(config.out, results)
             reporter.note(f"wrote {config.out / 'report.html'}, with results.json and pictures beside it")
         return results

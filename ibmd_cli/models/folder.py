@@ -43,9 +43,15 @@ def save_model(model: Model, folder: Path, *, dtype: str = "fp32", card: str | N
 def save_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str | None = None) -> None:
     """Write a model folder from its parts, as `save_model`. Tensors that are mapped from a file are not copied."""
     with atomic_folder(folder) as new:
-        (new / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        (new / "config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+        )
         _save_tensors(tensors, config, new / "model.safetensors")
-        (new / "README.md").write_text(card or f"# {config['name']}\n\nLicence: {config['licence']}.\n")
+        (new / "README.md").write_text(
+            card or f"# {config['name']}\n\nLicence: {config['licence']}.\n",
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
 
 
 def save_weights(model: Model, file: Path, dtype: str) -> None:

@@ -232,7 +232,7 @@ def _preset(teacher: str, nfe: Any) -> dict[str, Any]:
 
 def load_presets() -> dict[str, dict[str, Any]]:
     """Return the settings that belong to each known teacher (`presets.toml`)."""
-    return tomllib.loads((Path(__file__).parent / "presets.toml").read_text())
+    return tomllib.loads((Path(__file__).parent / "presets.toml").read_text(encoding="utf-8"))
 
 
 def to_json(config: DistillConfig) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _flag(name: str) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {file}: cannot be read ({error})") from error

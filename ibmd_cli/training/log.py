@@ -27,7 +27,7 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     """Return the lines of `metrics.jsonl` in a run folder, up to one that was cut off as it was written."""
     lines: list[dict[str, Any]] = []
     try:
-        for line in (out / "metrics.jsonl").read_text(errors="replace").splitlines():
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             lines.append(json.loads(line))
     except (FileNotFoundError, ValueError):
         pass

@@ -50,7 +50,7 @@ def write_page(out: Path, status: str) -> None:
         out: with `config.json`, and what there is of `metrics.jsonl` and `previews/`.
         status: "running", "finished", "interrupted" or "stopped: …".
     """
-    run = json.loads((out / "config.json").read_text())
+    run = json.loads((out / "config.json").read_text(encoding="utf-8"))
     lines = read_log(out)
     settings = run["settings"]
     title = f"{settings['teacher']} → {out.name}"

@@ -56,7 +56,7 @@ def open_run(
         _check(out, config, resume, inputs)
     else:
         _start(out, config, origins, processes, inputs)
-    with file.open() as held:
+    with file.open(encoding="utf-8") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, or the process dies
         except BlockingIOError as error:
@@ -78,7 +78,7 @@ def _start(
         "inputs": dict(inputs),
     }
     with atomic_file(out / "config.json") as new:
-        new.write_text(json.dumps(content, indent=2) + "\n")
+        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(out: Path, config: DistillConfig, resume: str, inputs: Mapping[str, str]) -> None:
@@ -130,7 +130,7 @@ class Run:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
-        with (self.out / "metrics.jsonl").open("a") as file:
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def trim_log(self, step: int) -> list[dict[str, Any]]:
@@ -139,7 +139,7 @@ class Run:
         lines = [line for line in read_log(self.out) if line["step"] <= step]
         if file.exists():
             with atomic_file(file) as new:
-                new.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         return lines
 
     def checkpoints(self) -> list[Path]:
@@ -167,7 +167,7 @@ class Run:
                     f"{folder}: cannot be written, {free:.0f} MiB are free there: free some space and run the same "
                     "command again; the checkpoint before it is intact"
                 ) from error
-            (new / "state.pt.sha256").write_text(f"{sha256(new / 'state.pt')}  state.pt\n")
+            (new / "state.pt.sha256").write_text(f"{sha256(new / 'state.pt')}  state.pt\n", encoding="utf-8")
         self._save_student(student)
         # Later ones are left from before a damaged one, or from before --resume: they do not count.
         for old in [path for path in self.checkpoints() if _step(path) <= step][self.keep :]:
@@ -247,7 +247,7 @@ class Run:
 def _read(folder: Path) -> dict[str, Any]:
     """Return the content of a checkpoint, if its checksum is right."""
     file = folder / "state.pt"
-    if (folder / "state.pt.sha256").read_text(errors="replace").split() != [sha256(file), "state.pt"]:
+    if (folder / "state.pt.sha256").read_text(encoding="utf-8", errors="replace").split() != [sha256(file), "state.pt"]:
         raise IbmdError(f"{file}: its checksum is wrong")
     return dict(torch.load(file, map_location="cpu", weights_only=True))
 
