@@ -5,7 +5,8 @@ Without pinning, x_t = α_t x_0 + σ_t ε. With ρ_t = σ_t / α_t (so that SNR_
     q(x_t | x_0, x_T) = N(a_t x_T + b_t x_0, c_t² I)
     a_t = (α_t/α_T) ρ_t²/ρ_T²      b_t = α_t ρ̄_t²/ρ_T²      c_t = α_t ρ_t ρ̄_t/ρ_T      ρ̄_t² = ρ_T² − ρ_t²
 
-and, for s < t, the posterior (the bridge is Markov, so x_T drops out)
+so that a predictor which sees x_T works on x_0 with noise of c_t/b_t, whatever the bridge; ℓ_t = log(b_t/c_t) is the
+clock that all of them share. For s < t, the posterior (the bridge is Markov, so x_T drops out)
 
     q(x_s | x_0, x_t) = N(α_s (1 − r) x_0 + (α_s/α_t) r x_t, α_s² ρ_s² (1 − r) I)      r = ρ_s²/ρ_t²
 
@@ -78,6 +79,21 @@ class Bridge(ABC):
     def c_noise(self, t: Tensor) -> Tensor:
         """Return the number that stands for time `t` (B,) at the network's time embedding, float32 (B,)."""
 
+    @abstractmethod
+    def time_at(self, ell: Tensor) -> Tensor:
+        """Return the times (B,) at which ℓ_t is `ell` (B,), or nearest to it: the inverse of `ell`.
+
+        Float64, or whole numbers where steps are; −∞ is T.
+        """
+
+    def ell(self, t: Tensor) -> Tensor:
+        """Return ℓ_t = log(b_t/c_t), the log signal-to-noise ratio of x_0 given x_T, at times `t` (B,), float64 (B,).
+
+        It falls with t, to −∞ at T if x_T is reached exactly. A bridge without noise has none (+∞ everywhere).
+        """
+        _, b_t, c_t = self.coefficients(t)
+        return (b_t / c_t).log()
+
     def time(self, u: Tensor) -> Tensor:
         """Map `u` in [0, 1), (B,), to times: u = 0 is T, u → 1 is t_min; uniform u is the teacher's own density."""
         return (self.T - (self.T - self.t_min) * u.double()).float()
@@ -132,6 +148,21 @@ class _ContinuousBridge(Bridge):
     def c_noise(self, t: Tensor) -> Tensor:
         return 250.0 * torch.log(t.float() + 1e-44)
 
+    def ell(self, t: Tensor) -> Tensor:
+        rho_t, rho_T = self.alpha_rho(t)[1], self._rho_T(t.device)
+        return 0.5 * (rho_t**-2 - rho_T**-2).clamp(min=0).log()  # b/c = ρ̄/(ρ ρ_T); b and c alone are 0 at T
+
+    def time_at(self, ell: Tensor) -> Tensor:
+        rho_T = self._rho_T(ell.device)
+        return self._time_of(torch.rsqrt((2 * ell.to(rho_T)).exp() + rho_T**-2)).clamp(max=self.T)
+
+    @abstractmethod
+    def _time_of(self, rho: Tensor) -> Tensor:
+        """Return the times at which ρ_t is `rho`, float64 (B,)."""
+
+    def _rho_T(self, device: torch.device) -> Tensor:
+        return self.alpha_rho(torch.tensor([self.T], device=device))[1]
+
 
 @dataclass(frozen=True)
 class VPBridge(_ContinuousBridge):
@@ -155,6 +186,10 @@ class VPBridge(_ContinuousBridge):
         beta_t = self.beta_min + self.beta_d * t.to(float64_device(t)).double()
         return -0.5 * beta_t, beta_t
 
+    def _time_of(self, rho: Tensor) -> Tensor:
+        B = torch.log1p(rho**2)
+        return 2 * B / (self.beta_min + (self.beta_min**2 + 2 * self.beta_d * B).sqrt())
+
 
 @dataclass(frozen=True)
 class VEBridge(_ContinuousBridge):
@@ -171,6 +206,9 @@ class VEBridge(_ContinuousBridge):
     def drift(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.to(float64_device(t)).double()
         return torch.zeros_like(t), 2 * t
+
+    def _time_of(self, rho: Tensor) -> Tensor:
+        return rho
 
 
 @dataclass(frozen=True)
@@ -230,6 +268,18 @@ class _TabulatedBridge(Bridge):
     def c_noise(self, t: Tensor) -> Tensor:
         return self._tables.noise_levels[self.index(t).cpu()].to(t.device)
 
+    def time_at(self, ell: Tensor) -> Tensor:
+        if self.noise_free:
+            raise ValueError("a bridge without noise has no ℓ = log(b/c)")
+        rows = torch.arange(self.n_steps)
+        table = -self.ell(self._time_of(rows))  # which rises
+        middles = (table[1:] + table[:-1]) / 2
+        return self._time_of(torch.searchsorted(middles, -ell.double().cpu()).to(ell.device))
+
+    @abstractmethod
+    def _time_of(self, row: Tensor) -> Tensor:
+        """Return the times that belong to rows of the table, int64 (B,)."""
+
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_dict().items() if key != "_tables"}
 
@@ -258,6 +308,9 @@ class I2SBBridge(_TabulatedBridge):
     def index(self, t: Tensor) -> Tensor:
         return t.long()
 
+    def _time_of(self, row: Tensor) -> Tensor:
+        return row
+
     def time(self, u: Tensor) -> Tensor:
         return (self.n_steps - 1) - (u.double() * self.n_steps).long().clamp(max=self.n_steps - 1)
 
@@ -284,6 +337,9 @@ class DBIMBridge(_TabulatedBridge):
     def index(self, t: Tensor) -> Tensor:
         # float32, round half to even: what the published code does decides ties such as 499.5.
         return torch.round((self.n_steps - 1) * t.float()).long()
+
+    def _time_of(self, row: Tensor) -> Tensor:
+        return row.double() / (self.n_steps - 1)
 
     def coefficients(self, t: Tensor) -> Coefficients:
         fwd, bwd = self._rows(t)

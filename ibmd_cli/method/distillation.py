@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ibmd_cli.method.bridges import Bridge, expand_to
 from ibmd_cli.method.noise import Streams, common_integer, evenly_spaced, noise_like, randn, uniform
+from ibmd_cli.method.times import LogTimes
 
 Denoiser = Callable[..., Tensor]
 """x̂_0(x_t, t, x_T[, z][, label]) → (B, C, H, W): a `Predictor`, or anything that computes one."""
@@ -60,6 +61,7 @@ class Setup:
             Differs from the paper: larger values draw t towards T, where large flat regions get their colour.
         t_even: the u of a batch lie at equal distances, from a random start. Differs from the paper (False, independent
             u): the same density, and gradients that vary less.
+        log_times: t is drawn uniformly in ℓ = log(b_t/c_t). Differs from the paper (None: uniformly in t).
         rollout: how an N-step student is trained. "chain" (App. B.1, I2SB): x_0 is the end of all N steps, and the
             gradient flows through all of them. "random-step" (App. B.2, DDBM): the steps down to a random t_n,
             and the gradient flows through the last call alone, as in DMD2.
@@ -73,6 +75,7 @@ class Setup:
     noise_shape: tuple[int, ...] | None = None
     t_power: float = 1.0
     t_even: bool = False
+    log_times: LogTimes | None = None
     rollout: str = "random-step"
     transition: str = "marginal"
 
@@ -274,7 +277,9 @@ def translate(student: Denoiser, setup: Setup, batch: Sources, rng: Streams) -> 
 def draw_time(setup: Setup, x_0: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:
     """Draw t ~ p(t) (B,) and the noise ε of x_t, shaped as `x_0`."""
     u = (evenly_spaced if setup.t_even else uniform)(len(x_0), rng)
-    return setup.bridge.time(u**setup.t_power).to(x_0.device), noise_like(x_0, rng)
+    u = u**setup.t_power
+    t = setup.log_times.time(setup.bridge, u) if setup.log_times else setup.bridge.time(u)
+    return t.to(x_0.device), noise_like(x_0, rng)
 
 
 def draw_z(setup: Setup, x_T: Tensor, rng: Streams) -> Tensor | None:

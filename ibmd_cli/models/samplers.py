@@ -23,6 +23,7 @@ from torch import Tensor
 from ibmd_cli.errors import UsageError
 from ibmd_cli.method.bridges import Bridge, I2SBBridge, float64_device
 from ibmd_cli.method.noise import Noise, draws
+from ibmd_cli.method.times import LogTimes
 
 Denoise = Callable[[Tensor, float, Tensor], Tensor]
 """denoise(x_t, t, x_T) → x̂_0: one call of the teacher at one time, in and out in the dtype of the state."""
@@ -189,8 +190,9 @@ def _sample_dbim(
     *,
     eta: float,
     order: int,
+    **grid: float,
 ) -> Tensor:
-    """DBIM: draw a state near T from x̂_0(x_T, T), then step down a uniform grid of times to t_min.
+    """DBIM: draw a state near T from x̂_0(x_T, T), then step down a grid of times, uniform in t or in ℓ, to t_min.
 
         x_t = k x_s + (a_t − k a_s) x_T + (b_t − k b_s) D + ω ε
         k = √(c_t² − ω²)/c_s       ω = η α_t ρ_t √(1 − ρ_t²/ρ_s²)
@@ -211,6 +213,8 @@ def _sample_dbim(
     if nfe == 1:
         return x_0
     times = torch.linspace(bridge.T - 1e-3, bridge.t_min, nfe, dtype=torch.float32).tolist()
+    if log_times := _log_times(**grid):
+        times[:-1] = log_times.grid(bridge, nfe - 1).float().tolist()
     a_s, b_s, c_s = _at(bridge.coefficients, times[0])
     x = a_s * x_T + b_s * x_0 + c_s * next(eps)
     past: list[tuple[float, Tensor]] = []  # λ = ln(b/c) and D of the steps so far
@@ -252,9 +256,17 @@ def _higher_order(past: list[tuple[float, Tensor]], lambda_t: float) -> Tensor:
 
 
 def _sample_i2sb(
-    denoise: Denoise, bridge: I2SBBridge, x_T: Tensor, mask: Tensor | None, nfe: int, noise: Noise, *, clip: bool
+    denoise: Denoise,
+    bridge: I2SBBridge,
+    x_T: Tensor,
+    mask: Tensor | None,
+    nfe: int,
+    noise: Noise,
+    *,
+    clip: bool,
+    **grid: float,
 ) -> Tensor:
-    """Draw from the posterior q(x_s | D, x_t) at evenly spaced steps, from the last to step 0.
+    """Draw from the posterior q(x_s | D, x_t) at steps evenly spaced in t or in ℓ, from the last to step 0.
 
     With a mask the hole of x_T is filled with noise, and after each step the known pixels are set to what the bridge
     has there. Step 0 still holds a little of x_t: the result is not D itself.
@@ -266,6 +278,8 @@ def _sample_i2sb(
     # A running sum of floats, then rounded half to even: as published, which decides ties such as 499.5.
     stride = (bridge.n_steps - 1) / nfe
     steps = [round(u) for u in accumulate(repeat(stride, nfe), initial=0.0)][::-1]
+    if log_times := _log_times(**grid):
+        steps = _distinct([bridge.n_steps - 1, *log_times.grid(bridge, nfe - 1).tolist(), 0])
     random, inpaint = not bridge.noise_free, mask is not None
     eps = draws(noise, x_T, inpaint + random * (nfe - 1 + inpaint * nfe))  # hole, steps but the last, known pixels
     if mask is not None:
@@ -281,6 +295,25 @@ def _sample_i2sb(
             known = x_T + _at(bridge.coefficients, s)[2] * next(eps) if random else x_T
             x = mask * x + (1 - mask) * known
     return x
+
+
+# ------------------------------------------------------------------------------------------------------- grid
+
+
+def _log_times(log_grid: float, sigma_min: float, sigma_max: float) -> LogTimes | None:
+    """Return the times of the options `LOG_GRID`, None for the published grid."""
+    if not log_grid:
+        return None
+    if sigma_min >= sigma_max:
+        raise UsageError(f"sigma_min {sigma_min:g}: expected less than sigma_max, {sigma_max:g}")
+    return LogTimes(sigma_min, sigma_max)
+
+
+def _distinct(steps: list[int]) -> list[int]:
+    """Move steps that do not fall apart, as little as that needs, between the first and the last, which is 0."""
+    n = torch.arange(len(steps))
+    rows = (torch.tensor(steps[::-1]) - n).cummax(0).values.clamp(max=steps[0] - len(steps) + 1) + n
+    return rows.tolist()[::-1]
 
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -319,6 +352,11 @@ class Sampler:
     options: dict[str, Option]
 
 
+LOG_GRID = {
+    "log_grid": Option(False, 0, 1, "times uniform in ℓ = log(b/c), in place of the published grid"),
+    "sigma_min": Option(0.02, 1e-4, 1e4, "with log_grid: noise c/b of the time nearest to the target"),
+    "sigma_max": Option(200.0, 1e-4, 1e4, "with log_grid: noise c/b of the time nearest to T"),
+}
 SAMPLERS = {
     "ddbm": Sampler(
         "DDBM's hybrid Heun; 3n − 1 calls for n intervals (2n − 1 without churn)",
@@ -343,6 +381,7 @@ SAMPLERS = {
         {
             "eta": Option(1.0, 0, 1, "η: 1 Markovian (as sample.py), 0 deterministic but for the first draw"),
             "order": Option(1, 1, 3, "1: the η-sampler; 2 or 3: multistep with η = 0, whatever eta says"),
+            **LOG_GRID,
         },
     ),
     "i2sb": Sampler(
@@ -352,7 +391,7 @@ SAMPLERS = {
         torch.float32,
         torch.int64,
         lambda nfe, _: nfe,
-        {"clip": Option(False, 0, 1, "clamp each x̂_0 to [-1, 1]")},
+        {"clip": Option(False, 0, 1, "clamp each x̂_0 to [-1, 1]"), **LOG_GRID},
     ),
 }
 ALIASES = {"heun": "ddbm"}

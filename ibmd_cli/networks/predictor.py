@@ -19,22 +19,28 @@ from ibmd_cli.method.bridges import Bridge, expand_to, make_bridge
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.networks.unet import UNet, UNetConfig
 
-# ----------------------------------------------------------------------------------------------------------------
+MOST_ELL = 8.0
+"""|ℓ| beyond which the time embedding tells no difference; T, where it is infinite, is there."""
+LATER = {"time": "own", "max_weight": 0.0, "middle_attention": True}
+"""Settings that are not written at these defaults, so that a configuration from before them stays equal to itself."""
 
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """c_skip, c_in, c_out of DDBM from the second moments of the data, or of I2SB, which has none.
+    """c_skip, c_in, c_out of DDBM from the second moments of the data, or of I2SB, which has none; and λ(t).
 
     With moments (DDBM, DBIM's VP models), for A_t = a² mT + b² m0 + 2ab m0T + c²:
         c_in = A^(−½)    c_skip = (b m0 + a m0T)/A    c_out² = (a² (m0 mT − m0T²) + c² m0)/A
     Without (I2SB, DBIM's inpainting model): c_in = c_skip = 1, c_out = −ρ_t, so that F predicts (x_t − x_0)/ρ_t.
+    λ(t) = 1/c_out². F itself is x̂_0, or x̂_0 − x_T, with "x0" and "residual": c_in and λ are DDBM's, but c_out = 1.
 
     Attributes:
-        kind: "ddbm" or "i2sb".
+        kind: "ddbm", "i2sb", "x0" (which patches of 4 and more need: F would have to carry their noise) or "residual".
         m0: E x_0² (0.25 in the published models, which call its root sigma_data).
         mT: E x_T².
         m0T: E x_0 x_T.
+        time: what the network is told of t: "own", the bridge's number, or "log", −250 ℓ_t (at small t DDBM's number).
+        max_weight: bound of λ(t); 0: none.
 
     Source: arXiv:2309.16948, Eq. (12); arXiv:2302.05872, Eq. (12).
     """
@@ -43,14 +49,35 @@ class Preconditioning:
     m0: float = 0.25
     mT: float = 0.25
     m0T: float = 0.0
+    time: str = "own"
+    max_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse an unknown kind."""
-        if self.kind not in ("ddbm", "i2sb"):
-            raise ValueError(f"preconditioning.kind {self.kind!r}: expected ddbm or i2sb")
+        for name, known in (("kind", ("ddbm", "i2sb", "x0", "residual")), ("time", ("own", "log"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"preconditioning.{name} {getattr(self, name)!r}: expected {' or '.join(known)}")
 
     def __call__(self, bridge: Bridge, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return c_skip, c_in, c_out at times `t` (B,), float64 (B,)."""
+        """Return c_skip (of x_T with "residual"), c_in, c_out at times `t` (B,), float64 (B,)."""
+        c_skip, c_in, c_out = self._linear(bridge, t)
+        if self.kind in ("x0", "residual"):
+            return torch.full_like(c_in, self.kind == "residual"), c_in, torch.ones_like(c_in)
+        return c_skip, c_in, c_out
+
+    def weight(self, bridge: Bridge, t: Tensor, power: float) -> Tensor:
+        """Return λ(t)^(power/2) at times `t` (B,), float64 (B,)."""
+        c_out = self._linear(bridge, t)[2].abs()
+        return (c_out.clamp(min=self.max_weight**-0.5) if self.max_weight else c_out) ** -power
+
+    def c_noise(self, bridge: Bridge, t: Tensor) -> Tensor:
+        """Return the number that stands for time `t` (B,) at the network's time embedding, float32 (B,)."""
+        if self.time == "own":
+            return bridge.c_noise(t)
+        return -250.0 * bridge.ell(t).clamp(-MOST_ELL, MOST_ELL).float()
+
+    def _linear(self, bridge: Bridge, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return c_skip, c_in, c_out of DDBM or I2SB: of the best linear guess, whose error c_out is."""
         if self.kind == "i2sb":
             rho_t = bridge.alpha_rho(t)[1]
             return torch.ones_like(rho_t), torch.ones_like(rho_t), -rho_t
@@ -112,11 +139,12 @@ class Predictor(nn.Module):
         else:
             z = None
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        return c_skip * x_t + c_out * self.backbone(x, self.bridge.c_noise(t), label, z).to(x_t.dtype)
+        F_t = self.backbone(x, self.preconditioning.c_noise(self.bridge, t), label, z).to(x_t.dtype)
+        return c_skip * (x_T if self.preconditioning.kind == "residual" else x_t) + c_out * F_t
 
     def weight(self, t: Tensor, power: float = 2.0) -> Tensor:
-        """Return λ(t) = c_out(t)^−power, float64 (B,); 2 is the teachers' own weighting of ‖x̂_0 − x_0‖²."""
-        return self.preconditioning(self.bridge, t)[2].abs() ** -power
+        """Return λ(t)^(power/2), c_out(t)^−power of DDBM or I2SB, float64 (B,); 2 is the teachers' own weighting."""
+        return self.preconditioning.weight(self.bridge, t, power)
 
     def widen(self, noise_channels: int, init: float = 0.0, rng: torch.Generator | None = None) -> "Predictor":
         """Return a copy that also takes z.
@@ -144,9 +172,9 @@ class Predictor(nn.Module):
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, read back by `make_predictor`."""
         return {
-            "network": asdict(self.backbone.config),
+            "network": _settings(self.backbone.config),
             "bridge": self.bridge.to_dict(),
-            "preconditioning": asdict(self.preconditioning),
+            "preconditioning": _settings(self.preconditioning),
             "conditional": self.conditional,
             "noise_channels": self.noise_channels,
         }
@@ -163,3 +191,7 @@ def make_predictor(config: dict[str, Any]) -> Predictor:
         noise_channels=config["noise_channels"],
     )
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _settings(record: UNetConfig | Preconditioning) -> dict[str, Any]:
+    return {key: v for key, v in asdict(record).items() if key not in LATER or v != LATER[key]}

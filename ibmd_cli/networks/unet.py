@@ -33,6 +33,8 @@ class UNetConfig:
         dropout: probability, in training mode only.
         norm_groups: groups of each GroupNorm.
         patch_size: space-to-depth factor before the first and after the last convolution (1 in all published nets).
+        middle_attention: self-attention between the two blocks of the lowest level, too. Without it and `attention`
+            the network is purely convolutional.
     """
 
     in_channels: int
@@ -47,6 +49,7 @@ class UNetConfig:
     dropout: float = 0.0
     norm_groups: int = 32
     patch_size: int = 1
+    middle_attention: bool = True
 
     def __post_init__(self) -> None:
         """Refuse an unknown order: it would compute garbage."""
@@ -158,9 +161,8 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 self.input_blocks.append(_Block(ResBlock(c, c, c_emb, config, "down")))
                 skips.append(c)
-        self.middle_block = _Block(
-            ResBlock(c, c, c_emb, config), AttentionBlock(c, config), ResBlock(c, c, c_emb, config)
-        )
+        middle = [AttentionBlock(c, config)] if config.middle_attention else []
+        self.middle_block = _Block(ResBlock(c, c, c_emb, config), *middle, ResBlock(c, c, c_emb, config))
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for i in range(config.num_res_blocks + 1):

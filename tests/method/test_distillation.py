@@ -33,6 +33,7 @@ from ibmd_cli.method.distillation import (
     weighted_error,
 )
 from ibmd_cli.method.noise import BatchStreams, noise_like, stream
+from ibmd_cli.method.times import LogTimes
 from ibmd_cli.training.optimise import Player, Schedule
 
 VP = VPBridge(beta_d=3.0, beta_min=0.2)
@@ -185,6 +186,28 @@ def test_bridge_loss_is_least_at_the_optimum(bridge, conditional):
         # Sampling error of the minimiser is 1/√B = 0.003; the steps are 30 times that.
         for other in [(0.4, 0.4, 0.8), (0.2, 0.4, 0.8), (0.3, 0.5, 0.8), (0.3, 0.3, 0.8), (0.3, 0.4, 0.9)]:
             assert loss(other) > least
+
+
+@pytest.mark.parametrize("log_times", [None, LogTimes(0.05, 20.0)], ids=["own-times", "log-times"])
+@pytest.mark.parametrize(("bridge", "conditional"), CASES, ids=CASE_IDS)
+def test_least_bridge_loss_is_the_variance_that_is_left(bridge, conditional, log_times):
+    """On Gaussian pairs: E λ(t) Var(x_0 | x_t[, x_T]), which a trained teacher cannot go below."""
+    B, setup = 100_000, gaussian_setup(bridge, log_times=log_times)
+    batch = gaussian_sources(B)(stream(2, "x_T"))
+    s, m, tau = STAR
+    x_0 = s * batch.x_T + m + tau * noise_like(batch.x_T, stream(2, "n"))
+    loss = bridge_loss(star(bridge, conditional), setup, x_0, batch, stream(2, "t")).item()
+    t, _ = draw_time(setup, x_0, stream(2, "t"))
+    a, b, c = bridge.coefficients(t)
+    if conditional:
+        left = tau**2 * c**2 / (b**2 * tau**2 + c**2).clamp(min=1e-300)
+        left[c == 0] = tau**2  # T
+    else:
+        v0 = s**2 + tau**2
+        left = v0 - (a * s + b * v0) ** 2 / (a**2 + 2 * a * b * s + b**2 * v0 + c**2)
+    exact = weight(t) * left
+    # An image's error is exact · χ²: four standard errors.
+    assert loss == pytest.approx(exact.mean().item(), abs=4 * math.sqrt(2 * exact.square().mean().item() / B))
 
 
 # --- gradients ---------------------------------------------------------------------------------------------

@@ -199,6 +199,11 @@ def test_heun_without_churn_converges_to_the_flow(bridge):
         (DBIM, {"sampler": "ddbm", "nfe": 299}),
         (SDE, {"sampler": "i2sb", "nfe": 400}),
         (SDE, {"sampler": "i2sb", "nfe": 400, "clip": True}),
+        (VP, {"sampler": "dbim", "nfe": 400, "log_grid": True}),
+        (VEBridge(T=2.0), {"sampler": "dbim", "nfe": 400, "log_grid": True}),
+        (VE, {"sampler": "dbim", "nfe": 400, "log_grid": True, "eta": 0.5}),
+        (DBIM, {"sampler": "dbim", "nfe": 400, "log_grid": True}),
+        (SDE, {"sampler": "i2sb", "nfe": 400, "log_grid": True}),
     ],
     ids=lambda v: v.kind if hasattr(v, "kind") else "-".join(map(str, v.values())),
 )
@@ -210,6 +215,30 @@ def test_samples_have_the_law_of_the_data(bridge, arguments):
     assert (x_0.mean(1) + 0.2).abs().max() < 0.005
     assert (x_0.std(1) / 0.1 - 1).abs().max() < 0.06
     assert x_0[0].std() > 0
+
+
+@pytest.mark.parametrize("nfe", [2, 5, 20, 100, 997, 999])
+def test_i2sb_log_grid_has_distinct_steps(nfe):
+    times = called_at(Gaussian(SDE), torch.zeros(1, 1), sampler="i2sb", nfe=nfe, log_grid=True)
+    assert times[0] == 999
+    assert len(set(times)) == nfe
+    assert times == sorted(times, reverse=True)
+    assert times[-1] > 0
+
+
+def test_log_grid_times():
+    times = called_at(
+        Gaussian(VP), torch.zeros(1, 1), sampler="dbim", nfe=9, log_grid=True, sigma_min=0.1, sigma_max=10.0
+    )
+    ell = VP.ell(torch.tensor(times[1:], dtype=torch.float64))
+    assert times[0] == VP.T
+    # float32 times: 6e-8 of a distance from T of 0.01.
+    expected = torch.linspace(-math.log(10), math.log(10), 8, dtype=torch.float64)
+    torch.testing.assert_close(ell, expected, rtol=0, atol=1e-4)
+    with pytest.raises(UsageError, match=r"^sigma_min 3: expected less than sigma_max, 2$"):
+        sample_teacher(
+            Gaussian(VP), torch.zeros(1, 1), sampler="dbim", nfe=3, log_grid=True, sigma_min=3.0, sigma_max=2.0
+        )
 
 
 @pytest.mark.parametrize("nfe", [4, 20])

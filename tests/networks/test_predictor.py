@@ -10,7 +10,10 @@ from parity.rule import families, manifests, outputs, weight
 from parity.teachers import FAMILIES, error, inputs, network_config, published
 from torch import nn
 
-from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge
+from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge, expand_to
+from ibmd_cli.method.distillation import Setup, Sources, bridge_loss, draw_time
+from ibmd_cli.method.noise import stream
+from ibmd_cli.method.times import LogTimes
 from ibmd_cli.networks.predictor import Preconditioning, Predictor, make_predictor
 from ibmd_cli.networks.unet import AttentionBlock, UNet, UNetConfig, sinusoid
 
@@ -136,6 +139,79 @@ def test_i2sb_preconditioning_predicts_the_scaled_noise():
     assert (c_skip == 1).all()
     assert (c_in == 1).all()
     assert c_out.tolist() == pytest.approx([-0.01, -0.17314609, -0.37553595], abs=5.1e-9)  # teachers.md §3.2
+
+
+MOMENTS = {"m0": 0.31, "mT": 0.7, "m0T": 0.2}
+FORMS = [
+    (VPBridge(), True, Preconditioning("ddbm", **MOMENTS)),
+    (VEBridge(T=20.0), True, Preconditioning("ddbm", **MOMENTS)),
+    (I2SBBridge(), False, Preconditioning("ddbm", **MOMENTS)),
+    (I2SBBridge(), False, Preconditioning("i2sb")),
+    (VPBridge(beta_d=8.0), True, Preconditioning("x0", **MOMENTS, time="log", max_weight=50.0)),
+    (VEBridge(), True, Preconditioning("residual", **MOMENTS, max_weight=3.0)),
+]
+
+
+@pytest.mark.parametrize("log_times", [None, LogTimes()], ids=["own-times", "log-times"])
+@pytest.mark.parametrize(("bridge", "conditional", "form"), FORMS, ids=lambda v: getattr(v, "kind", None))
+def test_loss_of_an_untrained_teacher_is_that_of_its_linear_guess(bridge, conditional, form, log_times):
+    """F = 0 at the start, so bridge matching on Gaussian pairs costs a closed form of second moments: 1 for DDBM's."""
+    network = small(bridge, conditional).backbone.config
+    model = Predictor(network, bridge, form, conditional)  # fresh: its last convolution is zero
+    setup = Setup(bridge, model.weight, (bridge.T,), log_times=log_times)
+    m0, mT, m0T = MOMENTS.values()
+    u, v = randn(2, 400, 3, 8, 8)
+    x_T = mT**0.5 * u
+    x_0 = m0T / mT * x_T + (m0 - m0T**2 / mT) ** 0.5 * v
+    with torch.no_grad():
+        loss = bridge_loss(model, setup, x_0, Sources(x_T), stream(0)).item()
+        t, eps = draw_time(setup, x_0, stream(0))
+        x_t = bridge.sample(x_0, x_T, t, eps)
+        spread = (expand_to(model.weight(t), x_0) * (model(x_t, t, x_T) - x_0) ** 2).mean((1, 2, 3)).std().item() / 20
+    a, b, c = bridge.coefficients(t)
+    if form.kind == "ddbm":
+        exact = torch.ones(400)
+    elif form.kind == "i2sb":
+        exact = (a**2 * mT + (b - 1) ** 2 * m0 + 2 * a * (b - 1) * m0T + c**2) / bridge.alpha_rho(t)[1] ** 2
+    else:
+        ddbm = Preconditioning("ddbm", **MOMENTS)(bridge, t)[2]
+        weight = 1 / ddbm.square().clamp(min=1 / form.max_weight)
+        exact = weight * (m0 if form.kind == "x0" else m0 + mT - 2 * m0T)
+    assert loss == pytest.approx(exact.mean().item(), abs=4 * spread)  # four standard errors
+    assert 4 * spread < 0.3 * loss
+
+
+def test_log_time_embedding():
+    bridge, form = VPBridge(beta_d=8.0), Preconditioning(time="log")
+    t = bridge.time_at(torch.tensor([-5.0, 0.0, 3.0], dtype=torch.float64))
+    assert form.c_noise(bridge, t).tolist() == pytest.approx([1250, 0, -750], abs=0.1)
+    ends = form.c_noise(bridge, torch.tensor([bridge.T, 0.0]))
+    assert ends.dtype == torch.float32
+    assert ends.tolist() == [2000, -2000]
+    ve = VEBridge()  # at small t it is DDBM's own number
+    t = torch.tensor([0.01, 0.1, 1.0])
+    torch.testing.assert_close(form.c_noise(ve, t), ve.c_noise(t), rtol=1e-4, atol=0.1)
+
+
+@pytest.mark.parametrize("settings", [{"kind": "edm"}, {"time": "sqrt"}])
+def test_unknown_form_is_refused(settings):
+    with pytest.raises(ValueError, match="expected ddbm or i2sb or x0 or residual|expected own or log"):
+        Preconditioning(**settings)
+
+
+def test_what_came_later_is_not_written_at_its_default():
+    settings = small().to_dict()
+    assert settings["preconditioning"].keys() == {"kind", "m0", "mT", "m0T"}
+    assert "middle_attention" not in settings["network"]
+
+
+def test_purely_convolutional_network_takes_any_size():
+    model = small(attention=(), middle_attention=False, patch_size=4, channel_mult=(1, 1))
+    assert not any(isinstance(m, AttentionBlock) for m in model.modules())
+    assert model.backbone.size_multiple == 8
+    for H, W in [(8, 8), (40, 16)]:
+        x = randn(1, 3, H, W)
+        assert model(x, torch.ones(1), x).shape == (1, 3, H, W)
 
 
 def test_sinusoid_golden_values():
@@ -533,6 +609,7 @@ def test_student_without_its_noise_is_refused():
         small(DBIMBridge(), num_classes=7, dropout=0.1),
         small(VEBridge(T=20.0), preconditioning=Preconditioning(m0=0.2, mT=0.5, m0T=0.1), patch_size=2),
         small(channel_mult=(1, 1.5), norm_groups=4),
+        small(attention=(), middle_attention=False, preconditioning=Preconditioning("x0", time="log", max_weight=50.0)),
     ],
     ids=lambda m: m.bridge.kind,
 )
