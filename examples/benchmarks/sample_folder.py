@@ -29,6 +29,7 @@ from ibmd_cli.export.load import is_exported, load_exported
 from ibmd_cli.images.decode import read_picture
 from ibmd_cli.processes import share_freed_memory
 from ibmd_cli.sampling.engine import load_engine
+from ibmd_cli.sampling.plan import Job
 from ibmd_cli.sampling.translator import Translator
 
 
@@ -70,7 +71,7 @@ def main() -> None:
             Image.fromarray(pixels).resize((args.pixels, args.pixels)).save(drawings / f"{i:05d}.png")
         for number in range(args.rounds):
             translator = Translator(engine)
-            pieces = [translator.prepare(read_picture(file), file.name) for file in sorted(drawings.iterdir())]
+            pieces = [translator.prepare(read_picture(file), Job(file.name)) for file in sorted(drawings.iterdir())]
             wall, cpu = time.perf_counter(), time.process_time()
             with translator.spread(args.count):
                 for _ in translator.run(pieces):

@@ -1,4 +1,4 @@
-r"""What `ibmd sample` is to do: which pictures are made from which inputs, and where they go.
+r"""The plan of `ibmd sample`: which pictures are made from which inputs, and where they go.
 
 Inputs, by rule: folders are searched for names that end as images do, hidden ones, links to folders, and what is no
 regular file passed over; so do globs pass over hidden names and links to folders. A path that is given by itself, or in
@@ -9,11 +9,13 @@ what they were, and in JSON a byte that is not UTF-8 is `\udcXX`.
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path, PurePath
-from typing import NamedTuple, TextIO
+from typing import Any, TextIO
 
+import numpy as np
 from PIL import Image
 
 from ibmd_cli.errors import IbmdError, UsageError
@@ -21,6 +23,8 @@ from ibmd_cli.files import why
 from ibmd_cli.images.decode import MAX_PIXELS, shown
 from ibmd_cli.images.encode import LOSSY, OPAQUE, WRITABLE
 from ibmd_cli.images.find import find_images, find_matches
+from ibmd_cli.images.fit import Geometry
+from ibmd_cli.images.tiles import Tiles
 
 
 @dataclass(frozen=True)
@@ -159,40 +163,90 @@ def _no_pipe(stream: TextIO | None) -> str:
     return "closed" if stream is None else "a terminal" if stream.isatty() else ""
 
 
-class Source(NamedTuple):
-    """An image to read: its file (None: stdin), and its path below the folder or glob that found it."""
+LATER: Any = None
+"""Stands for what a later step fills in."""
 
-    path: Path | None
+
+@dataclass(eq=False)
+class Job:
+    """A picture to make: planned, then read, translated and written by the steps that `pipeline` names.
+
+    Attributes:
+        name: names its noise, with the seed and the variant.
+        source: file of its input; None: stdin.
+        place: path of the input below the folder or glob that found it.
+        variant: from 1; 0 if the input was not found, so that no picture of it was planned.
+        output: None: its bytes go to stdout.
+        skipped: whether another process is making it or has made it.
+        error: why it is not made.
+        size: (width, height) of the input, as soon as it is read.
+        several: whether the input holds more frames or pages.
+        dpi: see `decode.Picture`.
+        tags: EXIF tag → text, which the output is to hold.
+        before: the input, small, for the contact sheet.
+        x: canvas, (3, H, W), uint8 or float32 in [-1, 1]: a square of the model's size, or larger, in tiles.
+        tiles: of the canvas.
+        geometry: how the input lies there; None if the canvas is all there is.
+        alpha: transparency that the result is to have, mode L.
+        original: the input, mode RGB, and its hole, mode 1, if known pixels come back in the input's own size.
+        hole: (1, H, W), on the canvas, 1 or True is to be filled; None without.
+        label: class, for models that have classes.
+        x_0: translation, float32 (3, scale · H, scale · W) in [-1, 1].
+        made: (width, height) of the picture that was written.
+        seconds: spent on it so far.
+    """
+
     name: str
+    source: Path | None = None
+    place: str = ""
+    variant: int = 1
+    output: Path | None = None
+    skipped: bool = False
+    error: IbmdError | None = None
+    size: tuple[int, int] | None = None
+    several: bool = False
+    dpi: tuple[float, float] | None = None
+    tags: dict[int, str] = field(default_factory=dict)
+    before: Image.Image | None = None
+    x: np.ndarray = LATER
+    tiles: Tiles = LATER
+    geometry: Geometry = LATER
+    alpha: Image.Image | None = None
+    original: tuple[Image.Image, Image.Image] | None = None
+    hole: np.ndarray | None = None
+    label: int | None = None
+    x_0: np.ndarray = LATER
+    made: tuple[int, int] | None = None
+    seconds: float = 0.0
 
-    def __str__(self) -> str:
-        """Spell the path, `-` for stdin."""
-        return "-" if self.path is None else str(self.path)
+    @property
+    def path(self) -> str:
+        """Path of the input as it was given, `-` for stdin."""
+        return "-" if self.source is None else str(self.source)
 
-
-class Job(NamedTuple):
-    """A picture to make. Variants count from 1; without an output, its bytes go to stdout."""
-
-    source: Source
-    variant: int
-    output: Path | None
-
-
-class Problem(NamedTuple):
-    """An input, or an output's folder, that cannot be used, the pictures that are not made for that, and the reason."""
-
-    text: str
-    jobs: list[Job]
-    error: IbmdError
+    def drop_pixels(self) -> None:
+        """Forget all arrays: while a picture waits for the disk, its bytes suffice."""
+        self.x = self.x_0 = LATER
+        self.hole = self.alpha = self.original = None
 
 
 @dataclass
 class Plan:
-    """The pictures to make, those that exist already, and what is in the way of others."""
+    """The pictures to make, and those that are not made.
+
+    Attributes:
+        jobs: to make, the variants of an input one after the other.
+        skipped: whose outputs exist already.
+        failed: for each input, or folder of outputs, that cannot be used, its pictures with the reason in `error`.
+    """
 
     jobs: list[Job] = field(default_factory=list)
     skipped: list[Job] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    failed: list[list[Job]] = field(default_factory=list)
+
+    def fail(self, path: str, message: str) -> None:
+        """Note an input of which no picture can be planned."""
+        self.failed.append([Job(path, Path(path), path, 0, error=IbmdError(message))])
 
 
 def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Plan:
@@ -203,49 +257,52 @@ def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Pla
         process: number of this process, from 0, which takes its share of the inputs.
         processes: how many there are.
 
-    Returns:
-        The plan, the variants of a source one after the other.
-
     Raises:
         UsageError: two outputs are one, an output is an input, or `--output` does not go with the inputs.
         IbmdError: an output exists, with `on_exists="error"`; or the contact sheet cannot be written.
     """
     plan = Plan()
-    sources = list(_find(config, plan.problems))
-    _check_output(sources, config)
+    found = list(_find(config, plan))
+    _check_output(found, config)
     folder = config.output is not None and _is_folder(config.output)
     variants = range(1, config.variants + 1)
-    jobs = [Job(source, v, _output(source, v, config, folder)) for source in sources for v in variants]
+    plan.jobs = [replace(job, variant=v, output=_output(job, v, config, folder)) for job in found for v in variants]
     if config.to_stdout:
-        plan.jobs = jobs
         return plan
-    jobs = _unique(jobs)
-    grid = _check_grid(jobs, config)
-    mine = {source for i, source in enumerate(dict.fromkeys(job.source for job in jobs)) if i % processes == process}
-    jobs = [job for job in jobs if job.source in mine]
-    there = {job for job in jobs if os.path.lexists(str(job.output))}
-    if config.on_exists == "error" and (outputs := [str(job.output) for job in jobs if job in there] + grid):
+    plan.jobs = _unique(plan.jobs)
+    grid = _check_grid(plan.jobs, config)
+    plan.jobs = [job for i, group in enumerate(by_input(plan.jobs)) if i % processes == process for job in group]
+    there = [job for job in plan.jobs if os.path.lexists(str(job.output))]
+    if config.on_exists == "error" and (outputs := [str(job.output) for job in there] + grid):
         more = f" (and {len(outputs) - 1} more)" if len(outputs) > 1 else ""
         raise IbmdError(f"{shown(outputs[0])}{more}: exists already; choose --on-exists skip or overwrite")
     if config.on_exists == "skip":
-        plan.skipped = [job for job in jobs if job in there]
-        jobs = [job for job in jobs if job not in there]
+        plan.skipped, done = there, set(there)
+        plan.jobs = [job for job in plan.jobs if job not in done]
     if process > 0:
-        plan.problems = []  # the first tells them
-    plan.jobs = list(_writable(jobs, plan.problems))
+        plan.failed = []  # the first tells them
+    _check_folders(plan)
     if config.grid is not None and (error := _probe(Path(config.grid).parent)):
         raise error
     return plan
 
 
-def _writable(jobs: Sequence[Job], problems: list[Problem]) -> Iterator[Job]:
-    """Yield the jobs whose outputs can be written, before time is spent on the others, and note their folders."""
+def by_input(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Group jobs that follow each other by their inputs, each of which is read once."""
+    return [list(group) for _, group in groupby(jobs, key=lambda job: (job.source, job.place))]
+
+
+def _check_folders(plan: Plan) -> None:
+    """Move the jobs whose outputs cannot be written to `plan.failed`, before time is spent on them."""
     folders: dict[Path, list[Job]] = {}
-    for job in jobs:
+    for job in plan.jobs:
         folders.setdefault(Path(str(job.output)).parent, []).append(job)
-    errors = {folder: error for folder in folders if (error := _probe(folder))}
-    problems += [Problem(str(folder), folders[folder], error) for folder, error in errors.items()]
-    yield from (job for job in jobs if Path(str(job.output)).parent not in errors)
+    for folder, jobs in folders.items():
+        if error := _probe(folder):
+            for job in jobs:
+                job.error = error
+            plan.failed.append(jobs)
+    plan.jobs = [job for job in plan.jobs if job.error is None]
 
 
 def _probe(folder: Path) -> IbmdError | None:
@@ -260,47 +317,38 @@ def _probe(folder: Path) -> IbmdError | None:
     return None
 
 
-def _find(config: SampleConfig, problems: list[Problem]) -> Iterator[Source]:
-    """Yield the sources of each input in turn, and note inputs that have none."""
+def _find(config: SampleConfig, plan: Plan) -> Iterator[Job]:
+    """Yield a job for each input in turn, still without output, and note paths that stand for none."""
     for text in config.inputs:
         if text == "-":
-            yield Source(None, "stdin")
+            yield Job("stdin", place="stdin")
             continue
-        base, matches, before = None, [Path(text)], len(problems)
+        base, matches, before = None, [Path(text)], len(plan.failed)
         if not os.path.lexists(text):
-            base, matches = find_matches(text, _unlisted(problems))
-        if not matches and len(problems) == before:
-            missing = IbmdError(f"{shown(text)}: no such file or folder, and nothing matches it")
-            problems.append(Problem(text, [], missing))
+            base, matches = find_matches(text, _unlisted(plan))
+        if not matches and len(plan.failed) == before:
+            plan.fail(text, f"{shown(text)}: no such file or folder, and nothing matches it")
         for path in matches:
-            root = base or (path if os.path.isdir(path) else path.parent)
-            found = _images(path, config, problems)
-            yield from (Source(file, file.relative_to(root).as_posix()) for file in found)
+            yield from _images(path, base or (path if os.path.isdir(path) else path.parent), config, plan)
     for path in _listed(config):
         whole = not path.is_absolute() and ".." not in path.parts  # then its place in the tree is kept
-        root = Path() if whole else path if os.path.isdir(path) else path.parent
-        yield from (Source(file, file.relative_to(root).as_posix()) for file in _images(path, config, problems))
+        yield from _images(path, Path() if whole else path if os.path.isdir(path) else path.parent, config, plan)
 
 
-def _images(path: Path, config: SampleConfig, problems: list[Problem]) -> list[Path]:
-    """List the images that a path stands for, and note if there are none."""
-    before = len(problems)
+def _images(path: Path, root: Path, config: SampleConfig, plan: Plan) -> Iterator[Job]:
+    """Yield the images that a path stands for, and note if there are none."""
+    before = len(plan.failed)
     output = Path(config.output) if config.output else None
-    found = find_images(path, config.recursive, output, _unlisted(problems))
-    if not found and len(problems) == before:
+    found = find_images(path, config.recursive, output, _unlisted(plan))
+    if not found and len(plan.failed) == before:
         deeper = "" if config.recursive else "; --recursive searches the folders in it"
-        problems.append(Problem(str(path), [], IbmdError(f"{shown(path)}: no images in this folder{deeper}")))
-    return found
+        plan.fail(str(path), f"{shown(path)}: no images in this folder{deeper}")
+    yield from (Job(file.name, file, file.relative_to(root).as_posix()) for file in found)
 
 
-def _unlisted(problems: list[Problem]) -> Callable[[OSError], None]:
+def _unlisted(plan: Plan) -> Callable[[OSError], None]:
     """Return what notes a folder that cannot be searched, or a file that cannot be looked at."""
-
-    def note(error: OSError) -> None:
-        message = IbmdError(f"{shown(error.filename)}: cannot be listed {why(error)}")
-        problems.append(Problem(error.filename, [], message))
-
-    return note
+    return lambda error: plan.fail(error.filename, f"{shown(error.filename)}: cannot be listed {why(error)}")
 
 
 def _listed(config: SampleConfig) -> Iterator[Path]:
@@ -317,16 +365,16 @@ def _listed(config: SampleConfig) -> Iterator[Path]:
     yield from (Path(os.fsdecode(line)) for line in lines if line)
 
 
-def _check_output(sources: Sequence[Source], config: SampleConfig) -> None:
+def _check_output(found: Sequence[Job], config: SampleConfig) -> None:
     """Refuse an `--output` that does not go with the inputs."""
     *most, last = WRITABLE
     endings = f"{', '.join(most)} or {last}"
     if config.to_stdout:
-        if len(sources) > 1 or config.variants > 1:
-            raise UsageError(
-                f"{_count(len(sources), 'image')}, {_count(config.variants, 'variant')}: "
-                "stdout takes one picture; give --output FOLDER/"
+        if len(found) > 1 or config.variants > 1:
+            images, variants = (
+                f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(found), "image"), (config.variants, "variant"))
             )
+            raise UsageError(f"{images}, {variants}: stdout takes one picture; give --output FOLDER/")
     elif config.output is not None:
         output, name = Path(config.output), shown(config.output)
         if _is_folder(config.output):
@@ -334,53 +382,50 @@ def _check_output(sources: Sequence[Source], config: SampleConfig) -> None:
                 raise UsageError(f"--output {name}: is a file; expected a folder, or a name with {endings}")
         elif output.suffix.lower() not in WRITABLE:
             raise UsageError(f"--output {name}: expected a name with {endings}, or a folder with / at its end")
-        elif len(set(sources)) > 1:
-            raise UsageError(f"--output {name}: one file for {len(sources)} images; give a folder with / at its end")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+        elif len({(job.source, job.place) for job in found}) > 1:
+            raise UsageError(f"--output {name}: one file for {len(found)} images; give a folder with / at its end")
 
 
 def _is_folder(output: str) -> bool:
     return output.endswith(("/", os.sep)) or os.path.isdir(output) or not PurePath(output).suffix
 
 
-def _output(source: Source, variant: int, config: SampleConfig, folder: bool) -> Path | None:
+def _output(job: Job, variant: int, config: SampleConfig, folder: bool) -> Path | None:
     mark = f".{variant}" if config.variants > 1 else ""
-    name = PurePath(source.name)
+    place = PurePath(job.place)
     if config.to_stdout:
         return None
     if config.output is None:
-        return Path(str(source)).with_name(f"{name.stem}.ibmd{mark}{config.suffix}")
+        return Path(job.path).with_name(f"{place.stem}.ibmd{mark}{config.suffix}")
     output = Path(config.output)
     if folder:
-        return output / name.with_name(f"{name.stem}{mark}{config.suffix}")
+        return output / place.with_name(f"{place.stem}{mark}{config.suffix}")
     return output.with_name(f"{output.stem}{mark}{output.suffix}")
 
 
 def _unique(jobs: Sequence[Job]) -> list[Job]:
     """Drop repeated jobs, and refuse outputs that would overwrite inputs or one another, also through links."""
-    inputs = {os.path.realpath(str(job.source)) for job in jobs}
+    inputs = {os.path.realpath(job.path) for job in jobs}
     makers: dict[str, Job] = {}
     for job in jobs:
-        place = os.path.realpath(str(job.output))
-        other = makers.setdefault(place, job)
-        if place in inputs:
+        real = os.path.realpath(str(job.output))
+        if real in inputs:
             raise UsageError(
-                f"{shown(str(job.source))}: its output {shown(str(job.output))} is an input, too; give another --output"
+                f"{shown(job.path)}: its output {shown(str(job.output))} is an input, too; give another --output"
             )
-        if other is not job and (other.variant != job.variant or not _same(other.source, job.source)):
-            first, source, output = (shown(str(path)) for path in (other.source, job.source, job.output))
-            raise UsageError(f"{first} and {source} would both become {output}; {_apart(other.source, job.source)}")
+        other = makers.setdefault(real, job)
+        if other.variant != job.variant or os.path.realpath(other.path) != os.path.realpath(job.path):
+            first, path, output = shown(other.path), shown(job.path), shown(str(job.output))
+            raise UsageError(
+                f"{first} and {path} would both become {output}; {_apart(Path(other.path), Path(job.path))}"
+            )
     return list(makers.values())
 
 
-def _apart(one: Source, other: Source) -> str:
+def _apart(one: Path, other: Path) -> str:
     """Say what keeps the outputs of two inputs apart."""
-    one_path, path = Path(str(one)), Path(str(other))
-    if one_path.parent == path.parent and one_path.suffix != path.suffix:
-        kinds = " and ".join(f"--input '{shown(path.parent / f'*{end}')}'" for end in (one_path.suffix, path.suffix))
+    if one.parent == other.parent and one.suffix != other.suffix:
+        kinds = " and ".join(f"--input '{shown(one.parent / f'*{end}')}'" for end in (one.suffix, other.suffix))
         return f"rename one, or make a run for each kind, {kinds}, with different --output"
     return "translate them in two runs with different --output, or give the folder above them as --input, --recursive"
 
@@ -389,15 +434,10 @@ def _check_grid(jobs: Sequence[Job], config: SampleConfig) -> list[str]:
     """Refuse a contact sheet that is an input or an output; return its name if it exists."""
     if config.grid is None:
         return []
-    grid, place = shown(config.grid), os.path.realpath(config.grid)
+    grid, real = shown(config.grid), os.path.realpath(config.grid)
     if PurePath(config.grid).suffix.lower() not in WRITABLE:
         raise UsageError(f"--grid {grid}: expected the name of a picture, e.g. sheet.png")
-    for job in jobs:
-        for path in (str(job.source), str(job.output)):
-            if os.path.realpath(path) == place:
-                raise UsageError(f"--grid {grid}: is {shown(path)}, an input or output; give another name")
+    for path in (path for job in jobs for path in (job.path, str(job.output))):
+        if os.path.realpath(path) == real:
+            raise UsageError(f"--grid {grid}: is {shown(path)}, an input or output; give another name")
     return [config.grid] if os.path.lexists(config.grid) else []
-
-
-def _same(one: Source, other: Source) -> bool:
-    return one == other or os.path.realpath(str(one)) == os.path.realpath(str(other))

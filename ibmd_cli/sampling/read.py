@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 from PIL import Image
@@ -15,37 +15,8 @@ from ibmd_cli.files import why
 from ibmd_cli.images.decode import Picture, decode, read_picture, shown
 from ibmd_cli.images.grids import thumbnail
 from ibmd_cli.sampling.claims import Claims
-from ibmd_cli.sampling.plan import Job, SampleConfig, Source
-from ibmd_cli.sampling.translator import Piece, Translator
-
-
-@dataclass
-class Read:
-    """An input that was read, or why it was not.
-
-    Attributes:
-        source: where it is.
-        jobs: the pictures to make of it.
-        skipped: those that another process is making or has made.
-        piece: it, fitted for the model; None if it was not read.
-        error: why not.
-        several: whether there are more frames or pages.
-        dpi: see `decoding.Picture`.
-        credits: see `decoding.Picture`.
-        thumbnail: for the contact sheet, if there is to be one.
-        seconds: spent on it.
-    """
-
-    source: Source
-    jobs: list[Job]
-    skipped: list[Job] = field(default_factory=list)
-    piece: Piece | None = None
-    error: IbmdError | None = None
-    several: bool = False
-    dpi: tuple[float, float] | None = None
-    credits: dict[int, str] = field(default_factory=dict)
-    thumbnail: Image.Image | None = None
-    seconds: float = 0.0
+from ibmd_cli.sampling.plan import Job, SampleConfig
+from ibmd_cli.sampling.translator import Translator
 
 
 class Inputs:
@@ -68,28 +39,35 @@ class Inputs:
         if self.mask not in (None, "center") and not os.path.exists(str(self.mask)):
             raise UsageError(f"--mask {shown(str(self.mask))}: no such file or folder")
 
-    def read(self, group: tuple[Source, list[Job]], claims: Claims) -> Read:
-        """Read one input for its jobs, without those that another process is doing or has done."""
+    def read(self, jobs: list[Job], claims: Claims) -> list[Job]:
+        """Read the input of some jobs, which is one, and return them ready for the model, skipped, or failed."""
         began = time.monotonic()
-        source, jobs = group
-        read = Read(source, jobs)
+        skipped: list[Job] = []
         try:
             if self.config.on_exists == "skip":
-                read.jobs = [job for job in jobs if job.output is None or _claim(claims, job.output)]
-                read.skipped = [job for job in jobs if job not in read.jobs]
-            if read.jobs:
-                picture = self._picture(source.path)
-                read.several, read.dpi, read.credits = picture.several, picture.dpi, picture.credits
-                read.thumbnail = thumbnail(picture.rgb) if self.config.grid else None
-                mask, label = self._mask(source, picture), self._label(source)
-                read.piece = self.translator.prepare(picture, PurePath(source.name).name, mask, label)
+                skipped = [job for job in jobs if job.output is not None and not _claim(claims, job.output)]
+            wanted = [job for job in jobs if job not in skipped]
+            ready = self._prepare(wanted) if wanted else []
         except IbmdError as error:
-            read.error = error
-            for job in read.jobs:
+            ready = [job for job in jobs if job not in skipped]
+            for job in ready:
+                job.error = error
                 if job.output is not None:
                     claims.give_back(job.output)
-        read.seconds = time.monotonic() - began
-        return read
+        for job in skipped:
+            job.skipped = True
+        for job in ready:
+            job.seconds = (time.monotonic() - began) / len(ready)
+        return skipped + ready
+
+    def _prepare(self, jobs: list[Job]) -> list[Job]:
+        """Read and fit an input; its variants share the pixels, which the jobs of the plan never hold."""
+        first = jobs[0]
+        picture = self._picture(first.source)
+        read = replace(first, size=picture.rgb.size, several=picture.several, dpi=picture.dpi, tags=picture.credits)
+        read.before = thumbnail(picture.rgb) if self.config.grid else None
+        self.translator.prepare(picture, read, self._mask(first, picture), self._label(first))
+        return [replace(read, variant=job.variant, output=job.output) for job in jobs]
 
     def _picture(self, path: Path | None) -> Picture:
         limit, alpha = self.config.max_pixels, self.config.alpha
@@ -101,12 +79,12 @@ class Inputs:
             raise IbmdError(f"stdin: more than {most:,} bytes: make the image smaller or raise --max-pixels")
         return decode(io.BytesIO(content), "stdin", limit, alpha)
 
-    def _label(self, source: Source) -> int | None:
+    def _label(self, job: Job) -> int | None:
         if isinstance(self.label, dict):
-            return label_of(self.label, str(source), source.name, str(self.config.label))
+            return label_of(self.label, job.path, job.place, str(self.config.label))
         return self.label
 
-    def _mask(self, source: Source, picture: Picture) -> Image.Image | None:
+    def _mask(self, job: Job, picture: Picture) -> Image.Image | None:
         if self.mask is None:
             return None
         width, height = picture.rgb.size
@@ -116,11 +94,11 @@ class Inputs:
             return mask
         file = Path(self.mask)
         if file.is_dir():
-            name = PurePath(source.name)
+            name = PurePath(job.place)
             alike = [file / name, *(file / name.with_suffix(suffix) for suffix in (".png", ".webp", ".tif", ".bmp"))]
             found = [path for path in alike if path.is_file()]
             if not found:
-                raise IbmdError(f"{shown(source.name)}: no mask of that name in {shown(file)}")
+                raise IbmdError(f"{shown(job.place)}: no mask of that name in {shown(file)}")
             file = found[0]
         grey = read_picture(file, self.config.max_pixels, "drop").rgb.convert("L")
         return grey.point(lambda value: 255 * (value > 127), "1")

@@ -1,25 +1,15 @@
-"""What becomes of each picture of `ibmd sample`, and how that is told: counts, lines on stdout, failures on stderr."""
+"""Report results of `ibmd sample`: counts, lines on stdout, failures on stderr."""
 
 import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.images.decode import shown
 from ibmd_cli.reporting import Meter, Reporter
 from ibmd_cli.sampling.plan import Job, SampleConfig
-
-
-class Outcome(NamedTuple):
-    """What became of a job: sizes (width, height) of input and output, and the reason if it failed."""
-
-    job: Job
-    before: tuple[int, int]
-    after: tuple[int, int] = (0, 0)
-    seconds: float = 0.0
-    error: IbmdError | None = None
 
 
 class Appeared(IbmdError):
@@ -35,39 +25,49 @@ class Stop(Exception):
 
 
 class Results:
-    """What became of each picture: counts, a line on stdout if it is there, a line on stderr if it failed."""
+    """Results of a run: counts, a line on stdout for each picture that is made, a line on stderr for each failure."""
 
     def __init__(self, config: SampleConfig, reporter: Reporter) -> None:
         self.config, self.reporter, self.meter = config, reporter, Meter()
         self.done = self.skipped = self.failed = 0
+        self.failures: set[tuple[Path | None, str]] = set()  # inputs
         self.said = False
-        self.told: Outcome | None = None
+        self.told: Job | None = None
         self.on_terminal = sys.stdout is not None and sys.stdout.isatty()
 
     def summary(self) -> str:
-        """Count them in words."""
+        """Count pictures that are done or skipped, and inputs of which a picture failed."""
         return f"{self.done} done, {self.skipped} skipped, {self.failed} failed"
 
-    def finish(self, outcome: Outcome) -> None:
+    def unready(self, jobs: Sequence[Job]) -> list[Job]:
+        """Tell what is skipped or failed of the jobs of an input, and return the others."""
+        for job in jobs:
+            if job.skipped:
+                self.skip(job)
+        if failed := [job for job in jobs if job.error]:
+            self.fail(failed)
+        if jobs[-1].several and not self.said:
+            self.said = True
+            self.reporter.note(f"{shown(jobs[-1].path)}: several frames or pages: of such files the first one counts")
+        return [job for job in jobs if not (job.skipped or job.error)]
+
+    def finish(self, job: Job) -> None:
         """Tell what became of a picture: once, also if an interrupt comes in between and it is given again."""
-        if outcome is self.told:
+        if job is self.told:
             return
-        job, error, line = outcome.job, outcome.error, b""
-        if self.config.as_json:
-            (input_width, input_height), (width, height) = outcome.before, outcome.after
-            sizes = {"input_width": input_width, "input_height": input_height, "width": width, "height": height}
-            line = self._json("done", str(job.source), job, **sizes, seconds=round(outcome.seconds, 4))
-        elif job.output is not None:
-            path = str(job.output)
-            line = self._line(f"./{path}" if path.startswith("-") else path, "\0" if self.config.print0 else "\n")
-        self.told = outcome
-        if isinstance(error, Appeared) and self.config.on_exists == "skip":  # a run without locks made it
+        self.told = job
+        if isinstance(job.error, Appeared) and self.config.on_exists == "skip":  # a run without locks made it
             self.skip(job)
-        elif error is not None:
-            self.fail(str(job.source), [job], error)
+        elif job.error is not None:
+            self.fail([job])
         else:
             self.done += 1
-            self._print(line)
+            if self.config.as_json:
+                self._print(self._json("done", job))
+            elif job.output is not None:
+                path = str(job.output)
+                end = "\0" if self.config.print0 else "\n"
+                self._print(self._line(f"./{path}" if path.startswith("-") else path, end))
             self.meter.advance()
 
     def skip(self, job: Job) -> None:
@@ -75,38 +75,43 @@ class Results:
         self.skipped += 1
         self.meter.advance()
         if self.config.as_json:
-            self._print(self._json("skipped", str(job.source), job))
+            self._print(self._json("skipped", job))
 
-    def fail(self, text: str, jobs: Sequence[Job], error: IbmdError) -> None:
-        """Count the pictures that an input would have become; one, if it has no jobs because it is not there.
+    def fail(self, jobs: Sequence[Job]) -> None:
+        """Tell the error that some jobs have in common, and count their inputs.
 
         Raises:
             Stop: no other is to be tried.
         """
-        self.failed += len(jobs) or 1
-        if jobs:
-            self.meter.advance(len(jobs))
+        inputs = {(job.source, job.place) for job in jobs}
+        self.failed += len(inputs - self.failures)
+        self.failures |= inputs
+        self.meter.advance(sum(job.variant > 0 for job in jobs))
         if self.config.as_json:
             for job in jobs:
-                self._print(self._json("failed", str(job.source), job, error=str(error)))
-            if not jobs:
-                self._print(self._json("failed", text, None, error=str(error)))
-        self.reporter.error(str(error))
-        if self.config.fail_fast or isinstance(error, DiskFull):
+                self._print(self._json("failed", job))
+        self.reporter.error(str(jobs[0].error))
+        if self.config.fail_fast or isinstance(jobs[0].error, DiskFull):
             raise Stop
 
-    def say_once(self, message: str) -> None:
-        """Tell something of one input that may be true of many."""
-        if not self.said:
-            self.reporter.note(message)
-        self.said = True
-
-    def _json(self, status: str, source: str, job: Job | None, **known: Any) -> bytes:
-        output = None if job is None or job.output is None else str(job.output)
-        line = {"schema": 1, "status": status, "input": source, "output": output}
-        line |= {"input_width": None, "input_height": None, "width": None, "height": None, "seconds": None}
-        line |= {"seed": self.config.seed, "variant": None if job is None else job.variant, "error": None}
-        return self._line(json.dumps(line | known))
+    def _json(self, status: str, job: Job) -> bytes:
+        width, height = job.made or (None, None)
+        input_width, input_height = (job.made and job.size) or (None, None)
+        line = {
+            "schema": 1,
+            "status": status,
+            "input": job.path,
+            "output": None if job.output is None else str(job.output),
+            "input_width": input_width,
+            "input_height": input_height,
+            "width": width,
+            "height": height,
+            "seconds": round(job.seconds, 4) if status == "done" else None,
+            "seed": self.config.seed,
+            "variant": job.variant or None,
+            "error": None if job.error is None else str(job.error),
+        }
+        return self._line(json.dumps(line))
 
     def _line(self, text: str, end: str = "\n") -> bytes:
         """Spell a line for stdout: readably on a terminal; elsewhere, the very bytes."""

@@ -1,8 +1,6 @@
 """A student in Python: images or tensors in, the same out."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
@@ -13,11 +11,11 @@ from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.export.exported import ExportedStudent
 from ibmd_cli.export.load import is_exported, load_exported
-from ibmd_cli.images.decode import MAX_PIXELS, read_picture, to_picture
-from ibmd_cli.images.find import find_images
+from ibmd_cli.images.decode import to_picture
 from ibmd_cli.models import model as models
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.sampling.engine import TorchEngine
+from ibmd_cli.sampling.plan import Job
 from ibmd_cli.sampling.translator import Engine, Translator
 
 
@@ -109,49 +107,14 @@ class Student:
         if isinstance(images, Tensor):
             x_T = images.float().cpu().numpy()
             holes = mask.cpu().numpy() if isinstance(mask, Tensor) else [None] * count
-            canvases = [
-                translator.canvas(x, name, hole, label) for x, name, hole in zip(x_T, names, holes, strict=True)
-            ]
-            return torch.stack([torch.from_numpy(piece.x_0) for piece in translator.run(canvases)])
+            jobs = [Job(name, hole=hole) for name, hole in zip(names, holes, strict=True)]
+            canvases = [translator.canvas(x, job, label) for x, job in zip(x_T, jobs, strict=True)]
+            return torch.stack([torch.from_numpy(job.x_0) for job in translator.run(canvases)])
         hole = mask if isinstance(mask, Image.Image) else None
         pictures = [images] if isinstance(images, Image.Image) else images
-        pieces = [translator.prepare(to_picture(p, n), n, hole, label) for p, n in zip(pictures, names, strict=True)]
-        results = [translator.finish(piece) for piece in translator.run(pieces)]
+        jobs = [translator.prepare(to_picture(p, n), Job(n), hole, label) for p, n in zip(pictures, names, strict=True)]
+        results = [translator.finish(job) for job in translator.run(jobs)]
         return results[0] if isinstance(images, Image.Image) else results
-
-    def translate_folder(
-        self,
-        path: str | Path,
-        *,
-        recursive: bool = True,
-        seed: int = 0,
-        fit: str = "pad",
-        restore_size: bool = False,
-        batch_size: int = 16,
-        max_pixels: int = MAX_PIXELS,
-    ) -> Iterator[tuple[Path, Image.Image]]:
-        """Translate the images of a folder, a batch of them in memory at a time.
-
-        Args:
-            path: folder; or a file, which stands for itself.
-            recursive: search folders in it, too.
-            seed: of the noise.
-            fit: see `__call__`.
-            restore_size: see `__call__`.
-            batch_size: see `__call__`.
-            max_pixels: larger images are refused.
-
-        Yields:
-            The path of each image, in order, and its translation, pixel for pixel that of `ibmd sample`.
-
-        Raises:
-            IbmdError: the folder or an image cannot be read.
-        """
-        translator = Translator(self.engine, seed=seed, fit=fit, restore_size=restore_size, batch_size=batch_size)
-        files = find_images(Path(path), recursive)
-        pieces = (replace(translator.prepare(read_picture(file, max_pixels), file.name), task=file) for file in files)
-        for piece in translator.run(pieces):
-            yield piece.task, translator.finish(piece)
 
 
 def _check(images: object) -> None:

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.images.decode import Picture
 from ibmd_cli.images.fit import Geometry, arrange, enlarged, lay, lay_mask, scaled, to_array, to_image, unfit
 from ibmd_cli.images.tiles import Tiles
+from ibmd_cli.sampling.plan import Job
 
 CPU_BATCH_PIXELS = 16 * 32 * 32
 """In the network at once: fills a core with small images; large ones go one by one. A single image costs as much as a
@@ -67,41 +67,8 @@ class Engine(Protocol):
         """Give each batch one thread of the CPU, within the block; returns how many batches then fill the CPU."""
 
 
-@dataclass
-class Piece:
-    """An image on its way through a model.
-
-    Attributes:
-        name: names its noise, with the seed and the variant.
-        x: its canvas, (3, H, W), uint8 or float32 in [-1, 1]: a square of the model's size, or larger, in tiles.
-        tiles: of the canvas.
-        geometry: how the image lies there; None if the canvas is all there is.
-        alpha: transparency that the result is to have, mode L.
-        original: the image, mode RGB, and its hole, mode 1, if known pixels come back in the image's own size.
-        hole: (1, H, W), on the canvas, 1 or True is to be filled; None without.
-        label: class, for models that have classes.
-        variant: from 1.
-        task: whatever the caller wants to find again.
-        seconds: that the network spent on it so far.
-        x_0: its translation, float32 (3, scale · H, scale · W) in [-1, 1]; None before it begins.
-    """
-
-    name: str
-    x: np.ndarray
-    tiles: Tiles
-    geometry: Geometry | None = None
-    alpha: Image.Image | None = None
-    original: tuple[Image.Image, Image.Image] | None = None
-    hole: np.ndarray | None = None
-    label: int | None = None
-    variant: int = 1
-    task: Any = None
-    seconds: float = 0.0
-    x_0: np.ndarray | None = None
-
-
-Group = list[tuple[Piece, int]]
-"""Tiles that go through the network together: pieces, and the numbers of their tiles."""
+Group = list[tuple[Job, int]]
+"""Tiles that go through the network together: jobs, and the numbers of their tiles."""
 
 
 class Translator:
@@ -148,60 +115,62 @@ class Translator:
         self.workers = 1  # batches in the network at once, see `spread`
         self.advance: Callable[[int], None] = lambda tiles: None  # told of tiles that are done
 
-    def prepare(self, picture: Picture, name: str, mask: Image.Image | None = None, label: int | None = None) -> Piece:
+    def prepare(self, picture: Picture, job: Job, mask: Image.Image | None = None, label: int | None = None) -> Job:
         """Fit an image for the model.
 
         Args:
             picture: upright sRGB.
-            name: names its noise.
+            job: gets the canvas, and what `finish` needs.
             mask: white = hole; in the image's size, or enlarged or reduced to it (nearest pixel).
             label: class.
+
+        Returns:
+            The job.
 
         Raises:
             IbmdError: see `canvas`.
         """
-        geometry = arrange(picture.rgb.size, self.side // self.scale, self.fit)
-        hole = None
+        job.geometry = geometry = arrange(picture.rgb.size, self.side // self.scale, self.fit)
         if mask is not None:
             mask = mask.convert("1", dither=Image.Dither.NONE).resize(picture.rgb.size, Image.Resampling.NEAREST)
-            hole = to_array(lay_mask(mask, geometry))
-        piece = self.canvas(to_array(lay(picture.rgb, geometry)), name, hole, label)
-        piece.geometry, piece.alpha = geometry, picture.alpha
+            job.hole = to_array(lay_mask(mask, geometry))
+        job.alpha = picture.alpha
         if self.restore_size:
-            piece.original = None if mask is None else (picture.rgb, mask)
+            job.original = None if mask is None else (picture.rgb, mask)
         elif picture.alpha is not None and self.fit != "tile":
-            piece.alpha = lay(picture.alpha, geometry)
-        return piece
+            job.alpha = lay(picture.alpha, geometry)
+        return self.canvas(to_array(lay(picture.rgb, geometry)), job, label)
 
-    def canvas(self, x: np.ndarray, name: str, hole: np.ndarray | None = None, label: int | None = None) -> Piece:
-        """Prepare an image that has the model's size already, or is larger and to be translated in tiles.
+    def canvas(self, x: np.ndarray, job: Job, label: int | None = None) -> Job:
+        """Take an image that has the model's size already, or is larger and to be translated in tiles.
 
         Args:
             x: (3, H, W), uint8 or float32 in [-1, 1].
-            name: names its noise.
-            hole: (1, H, W), 1 or True is to be filled.
+            job: gets it; `job.hole` is to be there already.
             label: class.
+
+        Returns:
+            The job.
 
         Raises:
             IbmdError: the model needs a hole or label and there is none, or the reverse; or x has another size.
         """
+        name, model = job.name, self.engine.name
         if self.classes and (label is None or not 0 <= label < self.classes):
-            raise IbmdError(
-                f"{name}: {self.engine.name} needs a class from 0 to {self.classes - 1} (--label), got {label}"
-            )
+            raise IbmdError(f"{name}: {model} needs a class from 0 to {self.classes - 1} (--label), got {label}")
         if label is not None and not self.classes:
-            raise IbmdError(f"{name}: {self.engine.name} has no classes; leave --label out")
-        if (hole is None) != (self.fill is None):
-            raise IbmdError(
-                f"{name}: {self.engine.name} {'fills holes: say where with --mask' if self.fill else 'takes no --mask'}"
-            )
+            raise IbmdError(f"{name}: {model} has no classes; leave --label out")
+        if (job.hole is None) != (self.fill is None):
+            rule = "fills holes: say where with --mask" if self.fill else "takes no --mask"
+            raise IbmdError(f"{name}: {model} {rule}")
         side = self.side // self.scale
         height, width = x.shape[-2:]
         sized = min(height, width) >= side if self.fit == "tile" else height == width == side
         if x.shape != (3, height, width) or not sized:
             more = " or more" if self.fit == "tile" else ""
-            raise IbmdError(f"{name}: shape {list(x.shape)}: {self.engine.name} expects [3, {side}, {side}]{more}")
-        return Piece(name, x, Tiles(height, width, side, self.scale), hole=hole, label=label)
+            raise IbmdError(f"{name}: shape {list(x.shape)}: {model} expects [3, {side}, {side}]{more}")
+        job.x, job.tiles, job.label = x, Tiles(height, width, side, self.scale), label
+        return job
 
     @contextmanager
     def spread(self, images: int) -> Iterator[None]:
@@ -219,23 +188,24 @@ class Translator:
         else:
             yield
 
-    def run(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """Translate pieces, in batches across them, and yield each when it is complete, in order."""
-        for group, x_0, seconds in self._translated(pieces):
+    def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        """Translate prepared jobs, in batches across them, and yield each when it is complete, in order."""
+        for group, x_0, seconds in self._translated(jobs):
             self.advance(len(group))
-            for (piece, i), tile in zip(group, x_0, strict=True):
-                if len(piece.tiles) == 1:
-                    piece.x_0 = tile
+            for (job, i), tile in zip(group, x_0, strict=True):
+                tiles = job.tiles
+                if len(tiles) == 1:
+                    job.x_0 = tile
                 else:
-                    piece.x_0 = piece.tiles.blank(3) if piece.x_0 is None else piece.x_0
-                    piece.tiles.add(piece.x_0, i, tile)
-                piece.seconds += seconds / len(group)
-                if i == len(piece.tiles) - 1:
-                    yield piece
+                    job.x_0 = tiles.blank(3) if job.x_0 is None else job.x_0
+                    tiles.add(job.x_0, i, tile)
+                job.seconds += seconds / len(group)
+                if i == len(tiles) - 1:
+                    yield job
 
-    def _translated(self, pieces: Iterable[Piece]) -> "Iterator[tuple[Group, np.ndarray, float]]":
+    def _translated(self, jobs: Iterable[Job]) -> Iterator[tuple[Group, np.ndarray, float]]:
         """Yield batches of tiles with their translations and the seconds that took, in order."""
-        tiles = ((piece, i) for piece in pieces for i in range(len(piece.tiles)))
+        tiles = ((job, i) for job in jobs for i in range(len(job.tiles)))
         groups = iter(lambda: list(islice(tiles, self.size)), [])
         if self.workers == 1:
             for group in groups:
@@ -261,19 +231,17 @@ class Translator:
         width, height = geometry.size if self.fit == "tile" else geometry.canvas
         return self.scale * width, self.scale * height
 
-    def finish(self, piece: Piece) -> Image.Image:
-        """Return the translation of a complete piece, RGB, or RGBA if its transparency was kept."""
-        assert piece.x_0 is not None
-        assert piece.geometry is not None
-        image = to_image(piece.x_0)
+    def finish(self, job: Job) -> Image.Image:
+        """Return the translation of a complete job, RGB, or RGBA if its transparency was kept."""
+        image = to_image(job.x_0)
         if self.restore_size:
-            image = unfit(image, piece.geometry)
-            if piece.original is not None:  # known pixels need not go through the model's size
-                image = Image.composite(image, *piece.original)
+            image = unfit(image, job.geometry)
+            if job.original is not None:  # known pixels need not go through the model's size
+                image = Image.composite(image, *job.original)
         elif self.fit == "tile":
-            image = image.crop(enlarged(piece.geometry.place, self.scale))
-        if piece.alpha is not None:
-            image.putalpha(piece.alpha.resize(image.size))
+            image = image.crop(enlarged(job.geometry.place, self.scale))
+        if job.alpha is not None:
+            image.putalpha(job.alpha.resize(image.size))
         return image
 
     def _network(self, group: Group) -> tuple[np.ndarray, float]:
@@ -301,17 +269,17 @@ class Translator:
         The kernels that PyTorch chooses depend on the size of the batch, and their last bits differ.
         """
         rows = [*group, *[group[-1]] * (size - len(group) if self.fixed else 0)]
-        x_T = _enlarge(scaled(np.stack([piece.tiles.cut(piece.x, i) for piece, i in rows])), self.scale)
+        x_T = _enlarge(scaled(np.stack([job.tiles.cut(job.x, i) for job, i in rows])), self.scale)
         if self.degrade is not None:
             x_T = np.concatenate([self.degrade(x[None]) for x in x_T])  # one by one: the batch must not matter
-        rng = [self.engine.stream(self.seed, piece.name, piece.variant) for piece, _ in rows]
+        rng = [self.engine.stream(self.seed, job.name, job.variant) for job, _ in rows]
         known, mask, label = x_T, None, None
         if self.fill:
-            holes = [piece.tiles.cut(piece.hole, i) for piece, i in rows if piece.hole is not None]
+            holes = [job.tiles.cut(job.hole, i) for job, i in rows if job.hole is not None]
             mask = _enlarge(np.stack(holes).astype(np.float32), self.scale)
             x_T = self.engine.fill_hole(x_T, mask, rng)
         if self.classes:
-            label = np.array([piece.label for piece, _ in rows])
+            label = np.array([job.label for job, _ in rows])
         x_0 = self.engine.translate(x_T, rng, mask, label)
         if mask is not None:
             x_0 = np.where(mask > 0.5, x_0, known)

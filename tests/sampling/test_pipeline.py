@@ -34,10 +34,10 @@ from ibmd_cli.models.folder import load_model, resolve, save_model
 from ibmd_cli.models.model import Student, Teacher
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
-from ibmd_cli.sampling import engine, pipeline, read, results
+from ibmd_cli.sampling import engine, pipeline, results
 from ibmd_cli.sampling.claims import Claims, _file
-from ibmd_cli.sampling.plan import SampleConfig
-from ibmd_cli.sampling.translator import Piece, Translator
+from ibmd_cli.sampling.plan import Job, SampleConfig
+from ibmd_cli.sampling.translator import Translator
 
 
 class Result(NamedTuple):
@@ -293,9 +293,9 @@ def test_company_changes_no_bit(drawings):
     """With the embedded student, whose kernels round differently in batches of different sizes."""
     model = load_model("builtin:outline2emoji", "student")
     translator = Translator(engine.TorchEngine(model))
-    pieces = [translator.prepare(read_picture(file), file.name) for file in sorted(drawings.iterdir())]
+    pieces = [translator.prepare(read_picture(file), Job(file.name)) for file in sorted(drawings.iterdir())]
 
-    def run(some: list[Piece]) -> list[np.ndarray]:
+    def run(some: list[Job]) -> list[np.ndarray]:
         return [piece.x_0 for piece in translator.run(replace(piece) for piece in some)]
 
     together = run(pieces)
@@ -309,7 +309,7 @@ def test_batches_at_once_change_no_bit(drawings):
     """One thread for each of two batches, or two for one; and two networks are in fact at work together."""
     model = load_model("builtin:outline2emoji", "student")
     translator = Translator(engine.TorchEngine(model))
-    pieces = [translator.prepare(read_picture(file), file.name) for file in sorted(drawings.iterdir())] * 6
+    pieces = [translator.prepare(read_picture(file), Job(file.name)) for file in sorted(drawings.iterdir())] * 6
     both, calls = threading.Barrier(2, timeout=60), []
 
     def meet(*_) -> None:
@@ -447,6 +447,20 @@ def test_bad_files_do_not_stop_the_others(sample, drawings):
     assert len(tree(Path("out"))) == 8
 
 
+@pytest.mark.parametrize("bad", ["text", "folder"])
+def test_an_input_that_fails_in_all_its_variants_counts_once(sample, drawings, bad):
+    if bad == "text":
+        (drawings / "bad.png").write_text("no image")
+        result = sample("-i", drawings / "bad.png", drawings / "drawing-0.png", "-o", "out/", "--variants", 4, "--json")
+        assert "4 done, 0 skipped, 1 failed" in result.err
+    else:
+        Path("file").touch()
+        result = sample("-i", drawings / "drawing-0.png", "-o", "file/out/", "--variants", 4, "--json")
+        assert "0 done, 0 skipped, 1 failed" in result.err
+    assert [line["variant"] for line in result.lines if line["status"] == "failed"] == [1, 2, 3, 4]
+    assert result.err.count("error: ") == 1
+
+
 def test_fail_fast(sample, drawings):
     (drawings / "drawing-00.png").write_text("no image")
     result = sample("-i", drawings, "-o", "out/", "--fail-fast")
@@ -578,23 +592,6 @@ def test_closed_streams(drawings, tmp_path, monkeypatch, capfd):
         SampleConfig(inputs=(file,), output="-")
     assert pipeline.sample(SampleConfig(inputs=(file,), output=str(tmp_path / "out.png")), Reporter()) == 0
     assert (tmp_path / "out.png").is_file()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, threads have no priorities of their own")
-def test_threads_that_read_and_write_give_way_to_the_network(sample, drawings, monkeypatch):
-    def priority() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    seen = {"read": set(), "write": set(), "network": set()}
-    for place, name, kind in ((read, "read_picture", "read"), (pipeline, "write_file", "write")):
-        work = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda *a, w=work, k=kind, **o: (seen[k].add(priority()), w(*a, **o))[1])
-    network = embedded("builtin:outline2emoji", "student").predictor
-    hook = network.register_forward_pre_hook(lambda *_: seen["network"].add(priority()))
-    sample("-i", drawings, "-o", "out/")
-    hook.remove()
-    mine = priority()
-    assert seen == {"read": {min(19, mine + 10)}, "write": {min(19, mine + 10)}, "network": {mine}}
 
 
 def test_what_is_written_is_told_before_a_slow_network_goes_on(sample, drawings, monkeypatch):

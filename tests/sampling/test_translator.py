@@ -19,6 +19,7 @@ from ibmd_cli.models.folder import load_model, save_model
 from ibmd_cli.models.model import Student, Teacher
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.sampling.engine import TorchEngine
+from ibmd_cli.sampling.plan import Job
 from ibmd_cli.sampling.translator import FITS, Translator
 
 ALPHA = ["white", "keep", "drop"]
@@ -48,7 +49,7 @@ def translator_of(model: Student | Teacher, nfe: int | None = None, **options: o
 
 
 def translate(translator: Translator, image: Image.Image, name: str = "x.png", **beside: object) -> Image.Image:
-    (piece,) = translator.run([translator.prepare(Picture(image), name, **beside)])
+    (piece,) = translator.run([translator.prepare(Picture(image), Job(name), **beside)])
     return translator.finish(piece)
 
 
@@ -121,7 +122,7 @@ def test_results_have_the_size_and_transparency_of_the_rule(models, width, heigh
     image = base.convert(mode, dither=Image.Dither.NONE)
     picture = to_picture(image, "x", alpha)
     translator = translator_of(models[scale], fit=fit, restore_size=restore, nfe=1)
-    (piece,) = translator.run([translator.prepare(picture, "x")])
+    (piece,) = translator.run([translator.prepare(picture, Job("x"))])
     result = translator.finish(piece)
     own = (scale * width, scale * height) if fit == "tile" else (16, 16)
     assert result.size == ((width, height) if restore else own)
@@ -140,7 +141,7 @@ def test_tiles_change_no_bit_with_their_company(make):
     model = make()
     translator = translator_of(model, fit="tile")
     images = {f"{i}.png": noisy(20 + 7 * i, 30) for i in range(4)}
-    pieces = [translator.prepare(Picture(image), name) for name, image in images.items()]
+    pieces = [translator.prepare(Picture(image), Job(name)) for name, image in images.items()]
     together = {piece.name: translator.finish(piece).tobytes() for piece in translator.run(pieces)}
     for name in reversed(images):
         assert translate(translator_of(model, fit="tile"), images[name], name).tobytes() == together[name]
@@ -216,7 +217,7 @@ def test_alpha_follows_the_image(make):
 
     def run(**options: object) -> Image.Image:
         translator = translator_of(model, nfe=1, **options)
-        (piece,) = translator.run([translator.prepare(Picture(rgba.convert("RGB"), alpha), "x")])
+        (piece,) = translator.run([translator.prepare(Picture(rgba.convert("RGB"), alpha), Job("x"))])
         return translator.finish(piece)
 
     for options in ({"restore_size": True}, {"fit": "tile"}):
@@ -240,7 +241,7 @@ def test_scarce_memory_halves_the_batch(make, monkeypatch):
     model.predictor.register_forward_pre_hook(full)
     translator = translator_of(model, warn=warnings.append)
     translator.size = 8
-    pieces = [translator.prepare(Picture(noisy(16, 16)), f"{i}.png") for i in range(11)]
+    pieces = [translator.prepare(Picture(noisy(16, 16)), Job(f"{i}.png")) for i in range(11)]
     assert len(list(translator.run(pieces))) == 11
     assert [w.split(": ")[1] for w in warnings] == [
         "from here on 4 images at a time (last bits may differ)",
@@ -327,21 +328,21 @@ def test_what_a_student_does_not_take(student, images, message):
 def test_damaged_and_large_images_from_python(student, drawings):
     file = drawings / "drawing-0.png"
     with pytest.raises(IbmdError, match=r"in Python, max_pixels"):
-        next(student.translate_folder(file, max_pixels=1000))
+        read_picture(file, max_pixels=1000)
     file.write_bytes(file.read_bytes()[:-60])
     with Image.open(file) as lazy, pytest.raises(IbmdError, match="0: damaged or incomplete"):
         student(lazy)
 
 
-def test_a_folder_is_what_the_command_makes_of_it(student, drawings, tmp_path, capfdbinary):
+def test_images_become_what_the_command_makes_of_them(student, drawings, tmp_path, capfdbinary):
     from ibmd_cli.reporting import Reporter
     from ibmd_cli.sampling.pipeline import sample
     from ibmd_cli.sampling.plan import SampleConfig
 
     assert sample(SampleConfig(inputs=(str(drawings),), output=str(tmp_path / "out")), Reporter(quiet=True)) == 0
-    made = dict(student.translate_folder(drawings))
-    assert list(made) == sorted(drawings.iterdir())
-    for file, image in made.items():
+    files = sorted(drawings.iterdir())
+    made = student([Image.open(file) for file in files], names=[file.name for file in files])
+    for file, image in zip(files, made, strict=True):
         assert read_picture(tmp_path / "out" / file.name).rgb.tobytes() == image.tobytes()
 
 
