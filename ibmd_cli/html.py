@@ -1,26 +1,75 @@
-"""What the HTML pages of this package share: their style, pictures inside the page, and charts as inline SVG."""
+"""HTML pages: jinja2 templates of `assets/web`, pictures inside a page, and charts for the macro in `charts.html`."""
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Sequence
-from html import escape
-from importlib import resources
-from typing import NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ibmd_cli.files import assets
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 190, 44, 10, 8, 22
-"""Of a chart, in pixels, and the room around what is drawn in it."""
+"""Size of a chart and its margins, in pixels."""
 
 Points = Sequence[tuple[float, float]]
 
 
+def render(template: str, **content: Any) -> str:
+    """Fill in a template of `assets/web`. Everything that is filled in is escaped."""
+    return _environment().get_template(template).render(content)
+
+
+def draw(chart: "Chart") -> str:
+    """Return a chart as an SVG element."""
+    macros: Any = _environment().get_template("charts.html").module
+    return str(macros.draw(chart))
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(assets() / "web"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals |= {"left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH, "height": HEIGHT}
+    environment.globals["asset"] = lambda name: Markup(asset(name))  # noqa: S704 (our own style sheets and scripts)
+    environment.filters |= {"typeset": typeset, "short": short, "px": "{:.1f}".format}
+    return environment
+
+
 def asset(name: str) -> str:
     """Return the text of a file in `assets/web`."""
-    return (resources.files("ibmd_cli") / "assets" / "web" / name).read_text(encoding="utf-8")
+    return (assets() / "web" / name).read_text(encoding="utf-8")
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:
     """Return an address that is the content itself."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def typeset(text: str) -> str:
+    """Set the numbers of a text: true minus signs, and a space within intervals."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", re.sub(r"\[([^][,]+),([^][,]+)\]", r"[\1, \2]", text))
+
+
+def short(value: float) -> str:
+    """Write a number in the room that is left of a chart."""
+    text = f"{value:.4g}"
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    return text.replace("-", "−")
 
 
 # --------------------------------------------------------------------------------------------------------- charts
@@ -52,6 +101,57 @@ class Axis(NamedTuple):
         return self.start + (self.end - self.start) * share
 
 
+class Line(NamedTuple):
+    """A line through points, or a dot at the only one, in the style of the CSS classes `kind`."""
+
+    kind: str
+    points: Points
+
+
+class Mark(NamedTuple):
+    """A value with its interval, or None for one without.
+
+    Attributes:
+        kind: CSS class.
+        shape: SVG path around (0, 0).
+        hint: is shown when one points at it.
+        x: in pixels.
+        value: on the vertical axis.
+        low: end of the interval.
+        high: end of the interval.
+        level: whether a line across the chart shows its height.
+    """
+
+    kind: str
+    shape: str
+    hint: str
+    x: float
+    value: float
+    low: float | None
+    high: float | None
+    level: bool
+
+
+class Chart(NamedTuple):
+    """A chart: axes, and what is drawn over them from the back to the front.
+
+    Attributes:
+        label: what it shows, for those who cannot see it.
+        x: of `across`.
+        y: of `upwards`.
+        band: range of values that is shaded.
+        lines: curves.
+        marks: single values.
+    """
+
+    label: str
+    x: Axis
+    y: Axis
+    lines: Sequence[Line] = ()
+    marks: Sequence[Mark] = ()
+    band: tuple[float, float] | None = None
+
+
 def across(low: float, high: float, log: bool = False) -> Axis:
     """Return the horizontal axis of a chart."""
     marks = log_ticks(low, high) if log else [value for value in ticks(low, high) if low <= value <= high]
@@ -62,32 +162,6 @@ def upwards(values: Iterable[float]) -> Axis:
     """Return the vertical axis of a chart, from a round number below all values to one above."""
     marks = ticks(*spread(values))
     return Axis(marks[0], marks[-1], HEIGHT - BOTTOM, TOP, marks)
-
-
-def chart(label: str, x: Axis, y: Axis, drawn: Iterable[str]) -> str:
-    """Draw a chart.
-
-    Args:
-        label: what it shows, for those who cannot see it.
-        x: of `across`.
-        y: of `upwards`.
-        drawn: SVG elements, which lie over the grid.
-    """
-    svg = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
-    for value in y.ticks:
-        at, kind = y(value), "zero" if value == 0 and y.low < 0 else "grid"
-        svg.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        svg.append(f'<text x="{LEFT - 5}" y="{at + 4:.1f}" text-anchor="end">{_short(value)}</text>')
-    for value in x.ticks:
-        anchor = "end" if x(value) > WIDTH - RIGHT - 10 else "middle"
-        svg.append(f'<text x="{x(value):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{_short(value)}</text>')
-    return "".join([*svg, *drawn, "</svg>"])
-
-
-def polyline(kind: str, x: Axis, y: Axis, points: Points) -> str:
-    """Draw a line through points, or a dot at the only one, of the CSS classes `kind`."""
-    places = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in (points if len(points) > 1 else [*points, *points]))
-    return f'<polyline class="{kind}" points="{places}" stroke-linecap="round"/>'
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:
@@ -114,12 +188,3 @@ def log_ticks(low: float, high: float) -> list[float]:
         if len(found) <= 7:
             break
     return found
-
-
-def _short(value: float) -> str:
-    """Write a number in the room that is left of a chart."""
-    text = f"{value:.4g}"
-    if 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    return text.replace("-", "−")

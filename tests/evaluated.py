@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from html_page import HOSTILE
 from PIL import Image
-
-HOSTILE = """"><script>alert('x')</script>&amp;{{script}} [/red] a/b.png"""
-"""As a file's name: HTML, an entity, a place of our template, a style of rich."""
 
 METRICS = {
     # name: (label, unit, scale, digits, direction, paired, why it is not comparable)

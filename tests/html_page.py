@@ -1,7 +1,10 @@
-"""What tests of pages share: a strict reader of HTML."""
+"""What tests of pages share: a strict reader of HTML, and names that would break a careless page."""
 
 from html.parser import HTMLParser
 from pathlib import Path
+
+HOSTILE = """"><script>alert('x')</script>&amp;{{script}} [/red] a/b.png"""
+"""As a file's name: HTML, an entity, a place of our template, a style of rich."""
 
 VOID = {"br", "img", "input", "link", "meta", "wbr"}
 """Elements that have no end."""
@@ -48,3 +51,21 @@ class Page(HTMLParser):
         self.text += data
         if "td" in self.stack or "th" in self.stack:
             self.rows[-1][-1] += ("" if not self.rows[-1][-1] else " ") + data
+
+
+def spoiled(value: object, keep: frozenset[str] = frozenset()) -> object:
+    """Return JSON with `HOSTILE` before every string, but for those under the keys in `keep`."""
+    if isinstance(value, dict):
+        return {key: one if key in keep else spoiled(one, keep) for key, one in value.items()}
+    if isinstance(value, list):
+        return [spoiled(one, keep) for one in value]
+    return HOSTILE + value if isinstance(value, str) else value
+
+
+def strings(value: object, keep: frozenset[str] = frozenset()) -> list[str]:
+    """List the strings of JSON, but for those under the keys in `keep`."""
+    if isinstance(value, dict):
+        return [text for key, one in value.items() if key not in keep for text in strings(one, keep)]
+    if isinstance(value, list):
+        return [text for one in value for text in strings(one, keep)]
+    return [value] if isinstance(value, str) else []

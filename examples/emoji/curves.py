@@ -21,7 +21,7 @@ from train_teacher import TASKS, Pairs
 
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file, read_json
-from ibmd_cli.html import HEIGHT, LEFT, WIDTH, across, chart, polyline, upwards
+from ibmd_cli.html import HEIGHT, LEFT, WIDTH, Chart, Line, across, draw, upwards
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
 from ibmd_cli.metrics.scores import energy_score
@@ -130,13 +130,13 @@ def panel(curves: dict[str, list[Curve]], teacher: float, axis: str) -> str:
     points = [point for runs in curves.values() for run in runs for point in run]
     x = across(0, max(point[axis] for point in points))
     y = upwards([teacher, *(point["energy_score"] for point in points)])
-    drawn = [polyline(f"{KINDS[-1]} dashed", x, y, [(0, teacher), (x.high, teacher)])]
+    drawn = [Line(f"{KINDS[-1]} dashed", [(0, teacher), (x.high, teacher)])]
     for kind, runs in zip(KINDS, curves.values(), strict=False):
         lines = [[(point[axis], point["energy_score"]) for point in run] for run in runs]
-        drawn += [polyline(f"{kind} raw", x, y, line) for line in lines]
+        drawn += [Line(f"{kind} raw", line) for line in lines]
         means = [(mean(a for a, _ in group), mean(b for _, b in group)) for group in zip(*lines, strict=True)]
-        drawn.append(polyline(kind, x, y, means))
-    return chart(f"energy score against {axis}", x, y, drawn)
+        drawn.append(Line(kind, means))
+    return draw(Chart(f"energy score against {axis}", x, y, drawn))
 
 
 def main() -> None:

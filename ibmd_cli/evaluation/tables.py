@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -160,6 +160,87 @@ def conditions(results: Data) -> str:
     return f"times in batches of {settings['batch_size']} on {settings['device']}, {settings['threads']} thread(s)"
 
 
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+class Cell(NamedTuple):
+    """A figure of a table.
+
+    Attributes:
+        text: the figure.
+        small: stands below it.
+        kind: "best", "better", "worse" or "".
+    """
+
+    text: str
+    small: str = ""
+    kind: str = ""
+
+
+class Column(NamedTuple):
+    """A column of a table: what it is of, in two lines, and a cell for each label."""
+
+    head: str
+    below: str
+    cells: list[Cell]
+
+
+class Figures(NamedTuple):
+    """A table: labels of its rows, and its columns."""
+
+    labels: list[str]
+    columns: list[Column]
+
+
+EMPTY = Cell("–")
+
+
+def scores(results: Data) -> Figures:
+    """Return the table of scores and costs, a column for each model."""
+    metrics, spent = results["metrics"], costs(results)
+    winners = {name: best(results, name) for name in metrics}
+    columns = []
+    for i, row in enumerate(results["rows"]):
+        cells = [_cell(row.get(name), metrics[name], "best" if i in winners[name] else "") for name in metrics]
+        columns.append(Column(row["label"], f"{row['nfe']} NFE", [*cells, *(Cell(line[i]) for line in spent.values())]))
+    return Figures([*map(label, metrics.values()), *spent], columns)
+
+
+def floor_column(results: Data) -> list[Column]:
+    """Return the column of what real images score, if anything is known of that."""
+    if not results["floor"]:
+        return []
+    cells = []
+    for name, metric in results["metrics"].items():
+        floor = results["floor"].get(name)
+        cell = _cell(floor, metric) if floor else Cell("")
+        cells.append(cell._replace(small=f"{cell.small} {floor['kind']}".strip()) if floor else cell)
+    return [Column("real images", "against real images", cells + [Cell("")] * len(costs(results)))]
+
+
+def differences(results: Data) -> dict[int, Figures]:
+    """Return the tables of differences: number of the row that others are subtracted from → a column for each other."""
+    metrics, rows = results["metrics"], results["rows"]
+    ratio = ["diversity, ratio"] if "diversity" in metrics else []
+    tables: dict[int, Figures] = {}
+    for gap in sorted(results["differences"], key=lambda gap: gap["row"]):
+        other = rows[gap["against"]]
+        cells = [
+            _cell(gap.get(name), m, verdict(gap[name], m) if name in gap else "", "+") for name, m in metrics.items()
+        ]
+        if ratio:
+            cells.append(EMPTY if gap["diversity_ratio"] is None else Cell(f"{gap['diversity_ratio']:.2f}×"))
+        cells.append(Cell(f"{gap['speed_up']:.3g}×"))
+        labels = [*map(label, metrics.values()), *ratio, "times as fast"]
+        table = tables.setdefault(gap["row"], Figures(labels, []))
+        table.columns.append(Column(f"{rows[gap['row']]['label']} −", named(other).replace(",", ""), cells))
+    return tables
+
+
+def _cell(score: Data | None, metric: Data, kind: str = "", sign: str = "") -> Cell:
+    return Cell(value(score, metric, sign), interval(score, metric, sign), kind) if score else EMPTY
+
+
 # ------------------------------------------------------------------------------------------------- on a terminal
 
 
@@ -169,66 +250,25 @@ def tables(results: Data) -> Group:
     title = f"{settings['data']}: {settings['images']} pairs, {draws(settings)}"
     notes = "\n".join([*legend(results), "[95 % interval]", *floors(results), *cautions(results), conditions(results)])
     # texts, not strings, whose brackets would be taken for styles
-    parts: list[RenderableType] = [
-        Text(title, "bold"),
-        Fitting(_labels(results), list(_scores(results))),
-        Text(notes, "dim"),
-    ]
-    if results["differences"]:
-        ratio = ["diversity, ratio"] if "diversity" in results["metrics"] else []
-        labels = [*map(label, results["metrics"].values()), *ratio, "times as fast"]
-        parts += [Text("\ndifferences, on the same pairs", "bold"), Fitting(labels, list(_differences(results)))]
+    parts: list[RenderableType] = [Text(title, "bold"), Fitting(scores(results)), Text(notes, "dim")]
+    if gaps := list(differences(results).values()):
+        columns = [column for table in gaps for column in table.columns]
+        parts += [Text("\ndifferences, on the same pairs", "bold"), Fitting(Figures(gaps[0].labels, columns))]
     parts += [Text("\n" + sentence(results, gap)) for gap in against_best(results)]
     return Group(*parts)
-
-
-Column = tuple[str, list[Text | str]]
-
-
-def _labels(results: Data) -> list[str]:
-    return [*map(label, results["metrics"].values()), *costs(results)]
-
-
-def _scores(results: Data) -> Iterator[Column]:
-    """Yield a column for each model: its name and its cells."""
-    leaders = {name: best(results, name) for name in results["metrics"]}
-    for i, row in enumerate(results["rows"]):
-        cells: list[Text | str] = []
-        for name, metric in results["metrics"].items():
-            style = "bold" if i in leaders[name] else ""
-            cells.append(_cell(row[name], metric, style) if name in row else "–")
-        yield f"{row['label']}\n{row['nfe']} NFE", [*cells, *(line[i] for line in costs(results).values())]
-
-
-def _differences(results: Data) -> Iterator[Column]:
-    """Yield a column for each difference: what is compared and its cells."""
-    styles = {"better": "green", "worse": "red", "": ""}
-    for gap in results["differences"]:
-        cells: list[Text | str] = []
-        for name, metric in results["metrics"].items():
-            cells.append(_cell(gap[name], metric, styles[verdict(gap[name], metric)], "+") if name in gap else "–")
-        row, other = results["rows"][gap["row"]], results["rows"][gap["against"]]
-        if "diversity" in results["metrics"]:
-            cells.append("–" if gap["diversity_ratio"] is None else f"{gap['diversity_ratio']:.2f}×")
-        cells.append(f"{gap['speed_up']:.3g}×")
-        yield f"{row['label']} −\n{other['label']} {other['nfe']} NFE", cells
-
-
-def _cell(score: Data, metric: Data, style: str, sign: str = "") -> Text:
-    text = Text(value(score, metric, sign), style)
-    return text.append("\n" + interval(score, metric, sign), "dim") if interval(score, metric) else text
 
 
 class Fitting:
     """A table that is cut into several, each with some of the columns, where the terminal is narrow.
 
     Args:
-        labels: of the rows.
-        columns: a head and cells each.
+        table: what it holds.
     """
 
-    def __init__(self, labels: Sequence[str], columns: Sequence[Column]) -> None:
-        self.labels, self.columns = labels, columns
+    STYLES = {"best": "bold", "better": "green", "worse": "red"}
+
+    def __init__(self, table: Figures) -> None:
+        self.labels, self.columns = table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """Yield as few tables as fit."""
@@ -242,8 +282,12 @@ class Fitting:
     def _table(self, columns: Sequence[Column]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
         table.add_column("")
-        for head, _ in columns:
-            table.add_column(head, justify="right")
+        for column in columns:
+            table.add_column(f"{column.head}\n{column.below}", justify="right")
         for i, name in enumerate(self.labels):
-            table.add_row(name, *(cells[i] for _, cells in columns))
+            table.add_row(name, *(self._text(column.cells[i]) for column in columns))
         return table
+
+    def _text(self, cell: Cell) -> Text:
+        text = Text(cell.text, self.STYLES.get(cell.kind, ""))
+        return text.append("\n" + cell.small, "dim") if cell.small else text

@@ -1,15 +1,13 @@
 """A student as one HTML file: one draws in a browser and sees the result at once. No server, nothing to install.
 
-The page (`assets/web/page.html`) carries the student as ONNX and ONNX Runtime Web, which runs it; it works from a disk
+The page (`assets/web/demo.html`) carries the student as ONNX and ONNX Runtime Web, which runs it; it works from a disk
 as from any web server, and sends nothing anywhere. The runtime is fetched once, by npm.
 """
 
 import base64
 import gzip
 import hashlib
-import html
 import io
-import json
 import shutil
 import subprocess
 import tarfile
@@ -21,7 +19,8 @@ from PIL import Image
 
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
-from ibmd_cli.files import assets, atomic_file
+from ibmd_cli.files import atomic_file
+from ibmd_cli.html import data_uri, render
 from ibmd_cli.hub import cache_folder
 from ibmd_cli.models.card import describe_teacher
 from ibmd_cli.models.model import Student
@@ -31,7 +30,7 @@ RUNTIME = {
     "runtime": ("ort.wasm.bundle.min.mjs", "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90"),
     "wasm": ("ort-wasm-simd-threaded.wasm", "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"),
 }
-"""Place in the page → file of the package's `dist`, and its SHA-256."""
+"""Name in the template → file of the package's `dist`, and its SHA-256."""
 
 MAX_BYTES = 200_000_000
 """Of a student in a page: browsers stumble over larger files."""
@@ -78,17 +77,15 @@ def write_page(student: Student, model: Path, page: Path) -> None:
         f"Distilled with ibmd {config['ibmd_version']}{f' from a teacher of {data}' if data else ''}. Licence of the "
         f"student: {config['licence']}. Run by ONNX Runtime Web {VERSION} (© Microsoft, MIT licence)."
     )
-    parts = {
-        "title": html.escape(student.name),
-        "task": html.escape(config["task"]),
-        "about": html.escape(about),
-        "config": json.dumps(settings).replace("<", "\\u003c"),
-        "model": _pack(model.read_bytes()),
-        **{place: _pack(content) for place, content in runtime().items()},
-    }
-    text = (assets() / "web" / "page.html").read_text(encoding="utf-8")
-    for name, part in parts.items():
-        text = text.replace(f"{{{{{name}}}}}", part)
+    text = render(
+        "demo.html",
+        title=student.name,
+        task=config["task"].rstrip("."),
+        about=about,
+        config=settings,
+        model=_pack(model.read_bytes()),
+        **{name: _pack(content) for name, content in runtime().items()},
+    )
     with atomic_file(page) as new:
         new.write_text(text, encoding="utf-8")
 
@@ -158,13 +155,13 @@ def _examples(config: dict[str, Any]) -> list[str]:
     if not teacher.startswith("builtin:"):
         return []
     x_T = embedded_pairs(teacher.removeprefix("builtin:")).x_T[:3, :, ::scale, ::scale]
-    return [f"data:image/png;base64,{_png(x)}" for x in x_T.permute(0, 2, 3, 1).contiguous().numpy()]
+    return [data_uri(_png(x)) for x in x_T.permute(0, 2, 3, 1).contiguous().numpy()]
 
 
-def _png(pixels: Any) -> str:
+def _png(pixels: Any) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="png")
-    return base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
 
 
 def _pack(content: bytes) -> str:

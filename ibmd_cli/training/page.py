@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ibmd_cli.files import atomic_file
-from ibmd_cli.html import Points, across, asset, chart, data_uri, polyline, upwards
-from ibmd_cli.training.log import LAG, read_log
+from ibmd_cli.html import Chart, Line, Points, across, data_uri, render, upwards
+from ibmd_cli.training.log import LAG, WINDOW, read_log
 
 PREVIEWS = 6
 """On the page, evenly spaced over the run."""
@@ -22,11 +21,6 @@ WIDEST = 1024
 """Pixels; wider previews are scaled down."""
 REFRESH = 30
 """Seconds after which a browser loads the page of a running run again."""
-
-STYLE = """
-img { max-width: 56rem } td:nth-child(2) { min-width: 5rem; overflow-wrap: anywhere } .default { color: var(--soft) }
-small.b { white-space: nowrap }
-"""
 
 
 @contextmanager
@@ -51,79 +45,55 @@ def write_page(out: Path, status: str) -> None:
         status: "running", "finished", "interrupted" or "stopped: …".
     """
     run = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    lines = read_log(out)
-    settings = run["settings"]
-    title = f"{settings['teacher']} → {out.name}"
-    refresh = f'<meta http-equiv="refresh" content="{REFRESH}">' if status == "running" else ""
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    parts = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{refresh}',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{asset('style.css')}{STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1><p><b>{escape(status)}</b> <small>at {now}",
-        "; if this time stays, the run was killed, and the same command continues it" if status == "running" else "",
-        "</small></p>",
-        *(f'<p class="warning">{escape(text)}</p>' for line in lines for text in line.get("warnings", ())),
-        *_facts(lines, settings["steps"]),
-        *_charts(lines),
-        *_previews(out),
-        *_settings(settings, run["origins"]),
-        *(f'<p class="note">{escape(name)}: {escape(found)}</p>' for name, found in run.get("inputs", {}).items()),
-        f'<p class="note">ibmd {escape(run["ibmd_version"])}</p></body></html>\n',
-    ]
+    lines, settings = read_log(out), run["settings"]
+    page = render(
+        "run.html",
+        title=f"{settings['teacher']} → {out.name}",
+        status=status,
+        refresh=REFRESH,
+        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        warnings=[text for line in lines for text in line.get("warnings", ())],
+        facts=_facts(lines, settings["steps"]),
+        curves=[curve for curve in _curves(lines) if curve.chart or status == "running"] if lines else [],
+        previews=_previews(out),
+        settings=[
+            (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value), origin)
+            for name, value in settings.items()
+            for origin in [run["origins"].get(name, "default")]
+        ],
+        inputs=run.get("inputs", {}),
+        version=run["ibmd_version"],
+    )
     with atomic_file(out / "run.html") as new:
-        new.write_text("".join(parts), encoding="utf-8")
+        new.write_text(page, encoding="utf-8")
 
 
-def _facts(lines: Sequence[Mapping[str, Any]], steps: int) -> Iterator[str]:
-    """The latest figures in words."""
-    step = lines[-1]["step"] if lines else 0
-    facts = {"student updates": f"{step} of {steps}"}
-    if lines:
-        last = lines[-1]
-        facts["time spent"] = _duration(last["seconds"])
-        facts["time left, about"] = _duration(last["seconds"] / step * (steps - step))
-        facts["images"] = f"{last['images']:,}"
-        facts["peak memory"] = f"{last['peak_memory_bytes'] / 2**20:,.0f} MiB"
-        facts["steps skipped"] = str(last["skipped"])
-    yield '<div class="facts">'
-    for name, value in facts.items():
-        yield f"<div><b>{value}</b><small>{name}</small></div>"
-    yield "</div>"
+def _facts(lines: Sequence[Mapping[str, Any]], steps: int) -> dict[str, str]:
+    """Return the latest figures: what they are → the figures."""
+    if not lines:
+        return {"student updates": f"0 of {steps}"}
+    last, step = lines[-1], lines[-1]["step"]
+    left = {"time left, about": _duration(last["seconds"] / step * (steps - step))} if step < steps else {}
+    return {
+        "student updates": f"{step} of {steps}",
+        "time spent": _duration(last["seconds"]),
+        **left,
+        "images": f"{last['images']:,}",
+        "peak memory": f"{last['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        "steps skipped": str(last["skipped"]),
+    }
 
 
 def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    def points(name: str) -> Points:
-        return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-
-    if not lines:
-        return
-    yield '<h2>Curves <small>over student updates</small></h2><div class="charts">'
-    yield _chart("Loss of the bridge model", points("bridge_loss"))
-    yield _chart("Loss of the student", points("student_loss"), "a difference: negative if the bridge model lags")
-    yield _chart("Lag of the bridge model", points("bridge_lag"), f"trouble above {LAG}")
-    yield _chart(
-        "Diversity over z", points("diversity"), "mean deviation in [-1, 1]", ("teacher", points("teacher_diversity"))
-    )
-    yield _chart("Learning rate of the student", points("lr"))
-    yield _chart("Images per second", points("images_per_second"))
-    yield "</div>"
-
-
-def _previews(out: Path) -> Iterator[str]:
-    files = sorted((out / "previews").glob("step-*.png"))
+def _previews(out: Path) -> dict[int, str]:
+    """Return some of the previews, newest first: step → address of the picture."""
+    files = sorted((out / "previews").glob("step-*.png"), reverse=True)
     if len(files) > PREVIEWS:
         files = [files[round(i * (len(files) - 1) / (PREVIEWS - 1))] for i in range(PREVIEWS)]
-    if files:
-        yield "<h2>Previews <small>the same sources and z each time, newest first</small></h2>"
-    for file in reversed(files):
-        step = int(file.stem.removeprefix("step-"))
-        yield f'<figure><figcaption>step {step}</figcaption><img class="pixels" src="{data_uri(_png(file))}" '
-        yield f'alt="source, teacher and student at step {step}"></figure>'
+    return {int(file.stem.removeprefix("step-")): data_uri(_png(file)) for file in files}
 
 
 def _png(file: Path) -> bytes:
@@ -136,31 +106,43 @@ def _png(file: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _settings(settings: Mapping[str, Any], origins: Mapping[str, str]) -> Iterator[str]:
-    yield "<h2>Settings</h2><table><tr><th>setting</th><th>value</th><th>origin</th></tr>"
-    for name, value in settings.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        origin = origins.get(name, "default")
-        yield f'<tr class="{escape(origin.split()[0])}"><td>{name}</td><td>{escape(text) or "–"}</td>'
-        yield f"<td>{escape(origin)}</td></tr>"
-    yield "</table>"
+# --------------------------------------------------------------------------------------------------------- curves
 
 
-def _chart(title: str, points: Points, note: str = "", other: tuple[str, Points] | None = None) -> str:
-    """Draw a curve, its points faint and their means bold, and perhaps a second one for comparison."""
-    raw, bold = _means(points, 600), _means(points, 40)
-    second = other[1] if other else []
-    legend = f' <small class="b">- - {other[0]}</small>' if other and second else ""
-    caption = f"<figcaption>{title} <small>{note}</small>{legend}</figcaption>"
-    if not points:
-        return f'<figure>{caption}<p class="note">no values yet</p></figure>'
-    x, y = across(0, points[-1][0]), upwards(value for _, value in (*bold, *second))
-    lines = [polyline("a raw", x, y, raw), polyline("a", x, y, bold), polyline("b dashed", x, y, second)]
-    return f"<figure>{caption}{chart(title, x, y, lines)}</figure>"
+class Curve(NamedTuple):
+    """A figure of the page: its chart, or why there is none yet; `other` names the dashed line."""
+
+    title: str
+    note: str
+    chart: Chart | None
+    other: str
+    missing: str
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> Iterator[Curve]:
+    def curve(title: str, name: str, note: str = "", second: str = "", missing: str = "no values yet") -> Curve:
+        points, dashed = _points(lines, name), _points(lines, second)
+        if not points:
+            return Curve(title, note, None, "", missing)
+        raw, bold = _means(points, 600), _means(points, 40)
+        x, y = across(0, points[-1][0]), upwards(value for _, value in (*bold, *dashed))
+        drawn = [Line("a raw", raw), Line("a", bold), Line("b dashed", dashed)]
+        return Curve(title, note, Chart(title, x, y, drawn), "teacher" if dashed else "", "")
+
+    yield curve("Loss of the bridge model", "bridge_loss")
+    yield curve("Loss of the student", "student_loss", "a difference: negative if the bridge model lags")
+    yield curve("Lag of the bridge model", "bridge_lag", f"trouble above {LAG}", missing=f"from step {WINDOW} on")
+    yield curve("Diversity over z", "diversity", "mean deviation in [-1, 1]", "teacher_diversity", "with each preview")
+    yield curve("Learning rate of the student", "lr")
+    yield curve("Images per second", "images_per_second")
+
+
+def _points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
 def _means(points: Points, most: int) -> Points:
     """Average neighbouring points so that at most `most` remain."""
     size = math.ceil(len(points) / most)
-    groups = [points[i : i + size] for i in range(0, len(points), max(1, size))]
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(a for a, _ in group) / len(group), sum(b for _, b in group) / len(group)) for group in groups]

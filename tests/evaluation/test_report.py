@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +11,13 @@ from pathlib import Path
 import evaluated
 import pytest
 from browser import browse, until
-from evaluated import HOSTILE
-from html_page import Page
+from html_page import HOSTILE, Page, spoiled, strings
 from PIL import Image
 
-from ibmd_cli.evaluation import album, tables
+from ibmd_cli.evaluation import report as reports
+from ibmd_cli.evaluation import tables
 from ibmd_cli.evaluation.report import write_report
-from ibmd_cli.html import Axis, across, asset, log_ticks, spread, ticks, upwards
+from ibmd_cli.html import asset
 
 SHOWN = 5
 
@@ -69,6 +68,31 @@ def test_names_are_text(page: Page):
     assert "onerror" not in page.source
 
 
+OURS = frozenset({"direction", "model", "kind", "why", "label", "shown_by"})
+"""Strings that evaluations choose themselves."""
+
+
+def test_no_text_of_the_results_is_taken_for_html(tmp_path: Path):
+    """Every string that comes from outside holds tags, quotes and entities."""
+    results = evaluated.results(2)
+    for row in results["rows"]:
+        row["label"] = row["label"] if row["label"] == "teacher" else HOSTILE + row["label"]
+    for metric in results["metrics"].values():
+        metric["label"] = HOSTILE + metric["label"]
+    plain = {key: results.pop(key) for key in ("shown", "shown_by")}
+    results = spoiled(results, OURS) | plain
+    for entry in results["shown"]:
+        entry["name"] = HOSTILE + entry["name"]
+    page = report(tmp_path, results)
+    assert page.tags.count("script") == 1
+    assert page.source.count("<script") == page.source.count("</script>") == 1
+    for text in strings({key: results[key] for key in ("settings", "protocol", "command", "ibmd_version")}):
+        assert text in page.text
+    for attribute in re.findall(r'\b(?:alt|title|aria-label)="([^"]*)"', page.source):
+        assert "<" not in attribute
+        assert ">" not in attribute
+
+
 def typeset(text: str) -> str:
     return text.replace("-", "−").replace(",", ", ")
 
@@ -110,14 +134,14 @@ def test_pictures_are_the_files(page: Page, results: dict, folder: Path):
     for entry in results["shown"]:
         for file in (entry["source"], entry["truth"], entry["rows"][0][0], entry["rows"][2][0], entry["rows"][4][0]):
             assert (folder / file).read_bytes() in found
-    several = results["shown"][: album.SEVERAL]
+    several = results["shown"][: reports.SEVERAL]
     for file in (file for entry in several for i in (0, 1, 4) for file in entry["rows"][i]):
         assert (folder / file).read_bytes() in found
     assert page.source.count('class="pixels"') == 3 * SHOWN * 6 + len(several) * 3 * 6
 
 
 def test_large_pictures_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(album, "MOST_BYTES", 60_000)
+    monkeypatch.setattr(reports, "MOST_BYTES", 60_000)
     results = evaluated.results(SHOWN)
     page = report(tmp_path, results, side=600)
     assert 20_000 < len(page.source) < 100_000
@@ -125,7 +149,7 @@ def test_large_pictures_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert page.tags.count("table") == 3 + 6 + 2  # none is empty
     uri = next(address for address in page.addresses if address.startswith("data:image/webp"))
     with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as image:
-        assert image.size == (album.WIDEST, album.WIDEST)
+        assert image.size == (reports.WIDEST, reports.WIDEST)
     assert "pixels" not in re.findall(r"<img[^>]*>", page.source)[0]
 
 
@@ -183,48 +207,6 @@ def test_marks_lie_where_the_values_are(page: Page, results: dict):
 
 def test_floor_is_a_band(page: Page):
     assert len(re.findall(r'<rect class="band" x=', page.source)) == 2  # of KID, over NFE and over time
-
-
-def test_values_that_differ_by_rounding_alone_get_an_axis():
-    """Means of a constant learning rate, as in run.html after 260 steps: 1e-4 and its two neighbours."""
-    values = [1e-4, math.nextafter(1e-4, 0), math.nextafter(1e-4, 1)]
-    low, high = spread(values)
-    assert low < min(values) < max(values) < high
-    axis = upwards(values)
-    assert axis.low < axis.high
-    assert len({round(axis(value), 3) for value in values}) == 1
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-0.013, 0.021), (3e-5, 3e-4), (1, 1.0001), (-5, -1), (0, 7e9), (0.19, 0.61)]
-)
-def test_ticks(low: float, high: float):
-    marks = ticks(low, high)
-    assert 2 <= len(marks) <= 6
-    assert marks[0] <= low + 1e-9 * (high - low)
-    assert marks[-1] >= high - 1e-9 * (high - low)
-    assert marks[-1] - marks[0] <= 3 * (high - low)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "marks"),
-    [(0.6, 160, [1, 2, 5, 10, 20, 50, 100]), (0.6, 1.6, [1]), (0.6, 4.8, [1, 2, 3]), (1, 1e4, [1, 10, 100, 1e3, 1e4])],
-)
-def test_log_ticks(low: float, high: float, marks: list[float]):
-    assert log_ticks(low, high) == pytest.approx(marks)
-
-
-@pytest.mark.parametrize("low", [10**k * f for k in (-3, 0, 4) for f in (1, 1.7, 2.1, 4.9, 5.1, 9.9)])
-def test_one_value_has_a_tick_nearby(low: float):
-    assert log_ticks(low / 1.6, low * 1.6)
-
-
-def test_axes():
-    assert Axis(1, 100, 0, 200, (), log=True)(10) == pytest.approx(100)
-    assert Axis(0, 4, 100, 0, ())(1) == 75
-    assert Axis(0, 4, 100, 0, ())(9) == 0  # at the end, not outside
-    assert across(0, 9).ticks == [0, 5]
-    assert upwards([3.0]).low < 3 < upwards([3.0]).high
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

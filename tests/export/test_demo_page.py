@@ -18,6 +18,7 @@ import onnx
 import pytest
 import torch
 from browser import browse, until
+from html_page import HOSTILE, Page
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 from PIL import Image
@@ -100,7 +101,7 @@ def test_a_page_holds_student_and_runtime(student: Student, small_runtime: dict[
     page = (tmp_path / "page.html").read_text()
     assert "{{" not in page
     assert "<title>&lt;/script&gt;&lt;b&gt;</title>" in page
-    assert "<p>a → b &amp; c</p>" in page
+    assert "<p>a → b &amp; c. Draw" in page
     assert "from a teacher of OpenMoji 17 (https://openmoji.org). Licence of the student: CC-BY-SA-4.0." in page
     assert page.count("</script>") == page.count("<script")
     for name, content in {**small_runtime, "model": model.read_bytes()}.items():
@@ -110,6 +111,18 @@ def test_a_page_holds_student_and_runtime(student: Student, small_runtime: dict[
     assert config["inputs"] == {"x_T": [1, 3, 32, 32], "z": [1, 8, 1, 1]}
     assert config["examples"] == demo_page.DRAWINGS
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing comes from elsewhere
+
+
+def test_no_text_of_a_student_is_taken_for_html(student: Student, small_runtime: dict[str, bytes], tmp_path: Path):
+    """Every string of its configuration that reaches the page holds tags, quotes and entities."""
+    model = network(tmp_path / "student.onnx", {**X_T, **Z})
+    changes = {"reference": HOSTILE, "name": HOSTILE, "task": HOSTILE, "licence": HOSTILE, "ibmd_version": HOSTILE}
+    write_page(of_teacher(student, **changes), model, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert page.tags.count("script") == page.source.count("</script") == 5
+    assert page.text.count(HOSTILE) >= 4
+    assert json.loads(part(page.source, "config"))["name"] == HOSTILE
+    assert not re.search("[<>&]", part(page.source, "config"))
 
 
 def test_examples_are_sources_of_the_student(student: Student, small_runtime: dict[str, bytes], tmp_path: Path):

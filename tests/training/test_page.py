@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from browser import browse
 from distilling import SMALL, distill, interrupt, log
-from html_page import Page
+from html_page import HOSTILE, Page
 from PIL import Image
 
 from ibmd_cli.errors import UsageError
+from ibmd_cli.training.log import WINDOW
 from ibmd_cli.training.page import PREVIEWS, WIDEST, write_page
 
 CHARTS = 5  # the lag is seen after 50 steps only
@@ -77,7 +78,36 @@ def test_what_is_missing_or_wrong_is_shown(tmp_path: Path):
     page = written(tmp_path, lines, "stopped: x < y")
     assert "stopped: x < y" in page.text
     assert "a <sign> of trouble" in page.text
-    assert page.text.count("no values yet") == 2  # lag and diversity
+    assert page.tags.count("svg") == CHARTS - 1  # of curves that have values
+
+
+def test_a_running_page_says_when_curves_begin(tmp_path: Path):
+    page = written(tmp_path, [line(1), line(2)], "running")
+    assert f"from step {WINDOW} on" in page.text
+    assert "with each preview" in page.text
+    assert "time left, about" in page.text
+
+
+@pytest.mark.parametrize("status", ["finished", "interrupted", "stopped: x"])
+def test_at_its_end_a_page_promises_nothing(tmp_path: Path, status: str):
+    page = written(tmp_path, [line(step) for step in range(1, 13)], status)
+    for text in ("time left", "no values yet", "from step", "with each preview"):
+        assert text not in page.text
+
+
+def test_no_text_of_a_run_is_taken_for_html(tmp_path: Path):
+    """Every string that comes from outside holds tags, quotes and entities, and so do the names of settings."""
+    out = tmp_path / HOSTILE.replace("/", "\u2044")
+    out.mkdir()
+    settings = {"teacher": HOSTILE, "steps": 12, "data": [HOSTILE, "b"], HOSTILE: HOSTILE}
+    run = {"ibmd_version": HOSTILE, "settings": settings, "origins": {"teacher": HOSTILE}, "inputs": {HOSTILE: HOSTILE}}
+    (out / "config.json").write_text(json.dumps(run))
+    (out / "metrics.jsonl").write_text(json.dumps(line(1, warnings=[HOSTILE])) + "\n")
+    write_page(out, f"stopped: {HOSTILE}")
+    page = Page(out / "run.html")
+    assert "script" not in page.tags
+    assert "<script" not in page.source
+    assert page.text.count(HOSTILE) >= 10
 
 
 def test_what_is_small_or_alone_is_seen(tmp_path: Path):

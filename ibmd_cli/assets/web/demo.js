@@ -1,81 +1,3 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}}</title>
-<link rel="icon" href="data:,">
-<style>
-  :root { color-scheme: light dark; --paper: #f6f6f4; --ink: #1d1d1f; --soft: #6b6b70; --line: #c9c9cf; --on: #0a66c2; }
-  @media (prefers-color-scheme: dark) {
-    :root { --paper: #19191c; --ink: #ececf0; --soft: #9d9da6; --line: #44444c; --on: #6cb2ff; }
-  }
-  * { box-sizing: border-box; }
-  body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.4 system-ui, sans-serif; }
-  header, main, footer { max-width: 64rem; margin: 0 auto; padding: 0 .75rem; }
-  h1 { font-size: 1.25rem; margin: .75rem 0 0; }
-  header p { margin: 0 0 .5rem; color: var(--soft); }
-  main { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem 1.5rem; }
-  section { --side: min(100%, 60vh); width: 100%; display: grid; align-content: start; gap: .5rem; }
-  canvas { width: var(--side); aspect-ratio: 1; background: #fff; border: 1px solid var(--line); border-radius: .5rem; }
-  #board { touch-action: none; cursor: crosshair; }
-  #result { image-rendering: pixelated; }
-  .tools { display: flex; flex-wrap: wrap; gap: .375rem; align-items: center; }
-  button, .tools label { min-height: 2.75rem; padding: 0 .75rem; border: 1px solid var(--line); border-radius: .5rem;
-    background: none; color: inherit; font: inherit; cursor: pointer; display: inline-flex; align-items: center; gap: .5rem; }
-  button:disabled { opacity: .4; cursor: default; }
-  button[aria-pressed=true] { border-color: var(--on); color: var(--on); font-weight: 600; }
-  :focus-visible { outline: 2px solid var(--on); outline-offset: 1px; }
-  input[type=range] { width: 5rem; }
-  input[type=file] { position: absolute; opacity: 0; width: 1px; height: 1px; }
-  footer { color: var(--soft); font-size: .875rem; padding-block: .75rem; }
-  footer p { margin: 0 0 .25rem; }
-  [data-state=failed] #status { color: #d33; }
-  @media (max-width: 44rem) and (orientation: portrait) {  /* both pictures and all buttons on one screen of a phone */
-    main { grid-template-columns: 1fr; gap: .5rem; }
-    h1 { margin-top: .25rem; }
-    #drawing { --side: min(100%, 46vh); justify-items: center; }
-    #outcome { --side: 26vh; grid-template-columns: auto auto; justify-content: start; }
-    #outcome .tools { flex-direction: column; align-items: stretch; }
-    button, .tools label { min-height: 2.5rem; }
-  }
-</style>
-</head>
-<body>
-<header>
-  <h1>{{title}}</h1>
-  <p>{{task}}</p>
-</header>
-<main>
-  <section id="drawing">
-    <canvas id="board" aria-label="The source: draw here"></canvas>
-    <div class="tools">
-      <button id="brush" aria-pressed="true">Brush</button>
-      <button id="eraser" aria-pressed="false">Eraser</button>
-      <label>Width <input id="width" type="range" min="1" max="12" step="0.5" value="2"></label>
-      <button id="undo" title="Ctrl+Z">Undo</button>
-      <button id="clear">Clear</button>
-      <button id="example">Example</button>
-      <label>Open… <input id="open" type="file" accept="image/*"></label>
-    </div>
-  </section>
-  <section id="outcome">
-    <canvas id="result" aria-label="The result"></canvas>
-    <div class="tools">
-      <button id="again" title="Other noise: another result for the same source">New z</button>
-      <button id="save">Save PNG</button>
-    </div>
-  </section>
-</main>
-<footer>
-  <p id="status" role="status">Loading…</p>
-  <p>{{about}}</p>
-</footer>
-<script type="application/json" id="config">{{config}}</script>
-<script type="text/plain" id="runtime">{{runtime}}</script>
-<script type="text/plain" id="wasm">{{wasm}}</script>
-<script type="text/plain" id="model">{{model}}</script>
-<script type="module">
 const element = id => document.getElementById(id);
 const config = JSON.parse(element("config").textContent);
 const low = config.size / config.source_scale;  // pixels on a side of the source as it comes
@@ -85,7 +7,7 @@ const cell = Math.max(1, Math.round(512 / low));  // pixels of the drawing on a 
 
 const board = element("board"), pen = board.getContext("2d", { willReadFrequently: true });
 board.width = board.height = low * cell;
-const steps = [];  // { fresh: on white paper?, path, colour, width } or { fresh, picture }
+const steps = [];  // { fresh: on white paper?, path, colour, width } or { fresh, picture }; examples have { example: true }
 let stroke = null, colour = "#000", example = 0;
 
 function redraw() {
@@ -114,19 +36,19 @@ function add(step) {
   redraw();
 }
 
-async function addPicture(url) {
+async function addPicture(url, example = false) {
   const picture = new Image();
   picture.src = url;
   await picture.decode();
-  add({ fresh: true, picture });
+  add({ fresh: true, picture, example });
 }
 
 function addExample() {
   const one = config.examples[example++ % config.examples.length];
-  if (one.startsWith("data:")) return addPicture(one);
+  if (one.startsWith("data:")) return addPicture(one, true);
   const path = new Path2D(), scale = board.width / 72;
   path.addPath(new Path2D(one), new DOMMatrix([scale, 0, 0, scale, 0, 0]));
-  add({ fresh: true, path, colour: "#000", width: 2 * scale });
+  add({ fresh: true, path, colour: "#000", width: 2 * scale, example: true });
 }
 
 function undo() {
@@ -142,7 +64,9 @@ function place(event) {
 board.addEventListener("pointerdown", event => {
   if (event.button || stroke) return;
   board.setPointerCapture(event.pointerId);
-  stroke = { path: new Path2D(), colour, width: element("width").value * board.width / 72, pointer: event.pointerId };
+  const fresh = Boolean(steps.at(-1)?.example) && colour === "#000";  // a drawing of one's own takes the example's place
+  const width = element("width").value * board.width / 72;
+  stroke = { path: new Path2D(), colour, width, fresh, pointer: event.pointerId };
   stroke.path.moveTo(...place(event));
   stroke.path.lineTo(...place(event));  // a dot, so far
   add(stroke);
@@ -289,6 +213,3 @@ try {
 } catch (error) {
   fail(`This browser cannot run the student: ${error.message}`);
 }
-</script>
-</body>
-</html>
