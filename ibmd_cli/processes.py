@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from ibmd_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-Gather = Callable[[Any], list[Any]]
+AllGather = Callable[[Any], list[Any]]
 
 
 def count_processes(processes: str, device: "torch.device") -> int:
@@ -67,40 +68,69 @@ def relaunch(count: int, arguments: list[str]) -> int:
     return 0
 
 
-def place() -> tuple[int, int]:
-    """Return the number of this process and how many there are: (0, 1) for one that was started alone.
+@dataclass(frozen=True)
+class Process:
+    """This process among those that a launcher (`torchrun`, `accelerate launch`, `--processes`) started together.
+
+    Attributes:
+        rank: its number, from 0; the first reports for all.
+        count: how many there are.
+        local_rank: its number among those on this machine, and that of its GPU.
+        local_count: how many are on this machine.
+        launched: whether a launcher started it.
+        connected: whether there are others that it can reach.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    launched: bool = False
+    connected: bool = False
+
+
+def this_process() -> Process:
+    """Read the launcher's variables; nothing else in the package does.
 
     Raises:
-        UsageError: RANK and WORLD_SIZE do not say so.
+        UsageError: they are not numbers, or contradict each other.
     """
-    process, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (process.isdecimal() and processes.isdecimal() and int(process) < int(processes)):
-        raise UsageError(f"RANK={process} and WORLD_SIZE={processes}: expected 0 ≤ RANK < WORLD_SIZE; or unset both")
-    return int(process), int(processes)
+    environ = os.environ
+    rank, count = _rank("RANK", "WORLD_SIZE", "1")
+    local = _rank("LOCAL_RANK", "LOCAL_WORLD_SIZE", str(count) if "LOCAL_RANK" in environ else "1")
+    return Process(rank, count, *local, "RANK" in environ, count > 1 and "MASTER_ADDR" in environ)
+
+
+def _rank(name: str, count_name: str, default: str) -> tuple[int, int]:
+    """Return a number, and of how many, from two variables."""
+    rank, count = os.environ.get(name, "0"), os.environ.get(count_name, default)
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        raise UsageError(f"{name}={rank} and {count_name}={count}: expected 0 ≤ {name} < {count_name}; or unset both")
+    return int(rank), int(count)
 
 
 @contextmanager
-def company() -> Iterator[Gather]:
-    """Give a function that lists what the processes of a launcher say, by their numbers; it waits for the last.
+def connect() -> Iterator[AllGather]:
+    """Connect the processes of a launcher, and give them an all-gather: a function that every one must call.
 
-    All must call it, and the first reports for all at the end, since a launcher stops all processes as soon as one of
-    them fails. A process that no launcher connects to others gets what it said itself.
+    It takes a picklable value and returns those of all processes by rank, when the last has called it. One process
+    alone, or one that cannot reach the others, gets its own value back.
     """
-    _, processes = place()
-    if processes == 1 or "MASTER_ADDR" not in os.environ:
+    process = this_process()
+    if not process.connected:
         yield lambda value: [value]
         return
 
     import torch.distributed as dist  # several processes: the seconds that it takes do not matter
 
-    def gather(value: Any) -> list[Any]:
-        values = [None] * processes
+    def all_gather(value: Any) -> list[Any]:
+        values = [None] * process.count
         dist.all_gather_object(values, value)
         return values
 
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
-        yield gather
+        yield all_gather
     finally:
         dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ import typer
 
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.processes import Process, this_process
 from ibmd_cli.reporting import Reporter, is_plain
 
 app = typer.Typer(
@@ -189,13 +191,13 @@ def distill(
     from ibmd_cli.training.loop import distill as run
 
     place = resolve_device(device)
-    if processes != "1" and "RANK" not in os.environ:
+    if processes != "1" and not this_process().launched:
         from ibmd_cli.processes import count_processes, relaunch
 
         if (count := count_processes(processes, place)) > 1:
             raise typer.Exit(relaunch(count, sys.argv[1:]))
     student = run(settings, origins, out, place, resume, reporter)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if this_process().rank == 0:
         typer.echo(json.dumps({"schema": 1, "student": str(student)}) if as_json else str(student))
 
 
@@ -453,13 +455,13 @@ def evaluate(
         labels=labels,
         fit=fit,
     )
-    if processes != "1" and "RANK" not in os.environ:
+    if processes != "1" and not this_process().launched:
         from ibmd_cli.devices import resolve_device
         from ibmd_cli.processes import count_processes, relaunch
 
         if (count := count_processes(processes, resolve_device(device))) > 1:
             raise typer.Exit(relaunch(count, sys.argv[1:]))
-    results = run(config, Reporter(quiet or int(os.environ.get("RANK", "0")) > 0))
+    results = run(config, Reporter(quiet or this_process().rank > 0))
     if not results:
         return
     if as_json:
@@ -650,9 +652,10 @@ def main() -> None:
         app()
     except IbmdError as error:
         # Settings are the same in all of several processes, and the first tells what is wrong with them.
-        rank = _rank()
-        message = f"process {rank} of {os.environ['WORLD_SIZE']}: {error}" if rank else str(error)
-        _fail(reporter, message, error.exit_code, told=bool(rank) and isinstance(error, UsageError))
+        process = _process()
+        other = process.connected and process.rank > 0
+        message = f"process {process.rank + 1} of {process.count}: {error}" if other else str(error)
+        _fail(reporter, message, error.exit_code, told=other and isinstance(error, UsageError))
     except MemoryError:
         _fail(reporter, "out of memory: lower --batch-size or --micro-batch", 5)
     except BrokenPipeError:
@@ -670,11 +673,11 @@ def main() -> None:
         _fail(reporter, f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 
-def _rank() -> int:
-    """Return the number of this process among several that work together; 0 is the first, or the only one."""
-    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    together = "MASTER_ADDR" in os.environ and rank.isdecimal() and count.isdecimal() and int(rank) < int(count)
-    return int(rank) if together else 0
+def _process() -> Process:
+    """Return `this_process()`; one alone where the launcher's variables are what is wrong."""
+    with suppress(UsageError):
+        return this_process()
+    return Process()
 
 
 def _fail(reporter: Reporter, message: str, exit_code: int, told: bool = False) -> Any:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from os import environ
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,14 @@ from ibmd_cli.evaluation.fid_reference import read_reference
 from ibmd_cli.evaluation.measure import Entry, Measurement, Parts, measure
 from ibmd_cli.evaluation.protocols import Protocol, find_protocol
 from ibmd_cli.evaluation.report import write_report
-from ibmd_cli.files import atomic_file, sha256
+from ibmd_cli.files import atomic_file
 from ibmd_cli.images.decode import shown
 from ibmd_cli.metrics.features import Network, load_network
 from ibmd_cli.metrics.scores import DEFAULT, METRICS
 from ibmd_cli.metrics.weights import check_given, locate
-from ibmd_cli.models.folder import load_model
-from ibmd_cli.models.model import Model, Student
-from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.models.folder import load_student
+from ibmd_cli.models.teachers import TeacherRef, load_teacher
+from ibmd_cli.processes import this_process
 from ibmd_cli.reporting import Reporter
 
 BUILTIN = "builtin:outline2emoji"
@@ -123,7 +122,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         UsageError: a setting that does not go with the others.
         IbmdError: pairs that do not match or are too few, images of another size than the models', `out` in use.
     """
-    rank, count = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    rank, count = (process := this_process()).rank, process.count
     if count > 1 and config.out is None:
         raise UsageError("--processes: several processes need --out FOLDER, where they put what they measure")
     if config.out is not None and rank == 0:
@@ -132,7 +131,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     check_given(config.weights)
     device = resolve_device(config.device)
     if count > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", process.local_rank)
     samples = config.samples or (4 if protocol is None else 1)
     entries = load_entries(config, samples, device, reporter)
     data = config.data or _own_data(entries)
@@ -238,23 +237,22 @@ def load_entries(config: EvalConfig, samples: int, device: torch.device, reporte
     reference, preset = config.teacher, config.preset
     named = [name for name in config.student if name != "none"]
     for i, name in enumerate(named):
-        student = load_model(name, "student")
-        assert isinstance(student, Student)
+        student = load_student(name)
         random = student.nfe > 1 or student.setup.noise_shape is not None
         label = "student" if len(named) == 1 else f"student {chr(ord('A') + i)}"
-        entries.append(Entry(student, label, name, _digest(student), student.nfe, samples if random else 1))
+        entries.append(Entry(student, label, name, student.digest(), student.nfe, samples if random else 1))
         if i == 0 and reference is None:
             reference = student.config["teacher"]["reference"]
             preset = preset or student.config["training"].get("preset") or None
     if reference != "none":
         reference = reference or BUILTIN
         try:
-            teacher = load_teacher(reference, preset=preset, quiet=reporter.quiet)
+            teacher = load_teacher(TeacherRef(reference, preset), quiet=reporter.quiet)
         except NotAvailable as error:
             if config.teacher is not None or not named:
                 raise
             raise NotAvailable(f"the student's teacher: {error}; name it with --teacher (or none)") from error
-        digest = _digest(teacher)
+        digest = teacher.digest()
         for entry in entries:
             if entry.model.config["teacher"]["sha256"] not in (None, digest):
                 reporter.warn(
@@ -272,11 +270,6 @@ def load_entries(config: EvalConfig, samples: int, device: torch.device, reporte
                 raise IbmdError(f"{entry.reference}: with {key}, or without, unlike {entries[0].reference}")
         entry.model.to(device)
     return entries
-
-
-def _digest(model: Model) -> str:
-    assert model.weights is not None
-    return sha256(model.weights)
 
 
 def _own_data(entries: list[Entry]) -> str:

@@ -21,7 +21,7 @@ from ibmd_cli.export.load import open_exported
 from ibmd_cli.export.program import Unrolled, export_program, noise_shapes
 from ibmd_cli.files import atomic_file
 from ibmd_cli.method.noise import randn, stream
-from ibmd_cli.models.folder import load_model, save_weights
+from ibmd_cli.models.folder import load_student, save_weights
 from ibmd_cli.models.model import Student
 
 
@@ -142,9 +142,7 @@ class Exporter:
     """
 
     def __init__(self, reference: str) -> None:
-        student = load_model(reference, "student")
-        assert isinstance(student, Student)
-        self.student = student
+        self.student = load_student(reference)
         self.graphs: dict[tuple[int, bool], Any] = {}
 
     def export(self, config: ExportConfig) -> dict[str, Any]:
@@ -266,9 +264,7 @@ def _runner(student: Student) -> Callable[[Arrays], list[np.ndarray]]:
 def _file_runner(file: Path) -> Callable[[Arrays], list[np.ndarray]]:
     if file.suffix != ".safetensors":
         return open_exported(file, torch.get_num_threads()).run
-    student = load_model(str(file), "student")
-    assert isinstance(student, Student)
-    return _runner(student)
+    return _runner(load_student(str(file)))
 
 
 def sources(student: Student) -> Tensor:

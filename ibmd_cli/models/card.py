@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ibmd_cli.errors import UsageError
-from ibmd_cli.files import read_json, sha256
+from ibmd_cli.files import read_json
 from ibmd_cli.hub import parse_hf, push, repository
 from ibmd_cli.models.catalogue import published
-from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.model import Student
 
 GRID = "grid.png"
@@ -72,7 +72,7 @@ def read_results(file: Path, student: Student) -> dict[str, Any]:
     rows = results.get("rows")
     if not isinstance(rows, list) or results.get("schema") != 1 or not {"settings", "protocol"} <= results.keys():
         raise UsageError(f"--results {file}: not results of ibmd eval that this version reads (schema 1)")
-    own = _digest(student)
+    own = student.digest()
     measured = {row["sha256"] for row in rows if row["model"] == "student"}
     if own not in measured:
         found = ", ".join(sorted(digest[:12] for digest in measured)) or "none"
@@ -102,11 +102,10 @@ def publish(
         for, `files` (`path` and `bytes` of each) and the text of the `card`.
 
     Raises:
-        NotAvailable, IbmdError, UsageError: see `load_model`, `read_results` and `hub.push`.
+        NotAvailable, IbmdError, UsageError: see `load_student`, `read_results` and `hub.push`.
     """
     repo = repository(repo)
-    student = load_model(reference, "student")
-    assert isinstance(student, Student)
+    student = load_student(reference)
     files = published_files(student, f"hf://{repo}", results)
     card = files["README.md"]
     assert isinstance(card, bytes)
@@ -125,7 +124,8 @@ def publish(
 
 def published_files(student: Student, reference: str, results: Path | None = None) -> dict[str, Path | bytes]:
     """Return what is published of a student: path in its repository → a file, or its content; see `publish`."""
-    assert student.weights is not None
+    if student.weights is None:
+        raise ValueError(f"{student.name}: its weights come from no file")
     figures = read_results(results, student) if results else None
     grid = results.with_name(GRID) if results else None
     picture = {GRID: grid} if grid and grid.is_file() else {}
@@ -267,8 +267,3 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
 
 def _count(n: int, unit: str) -> str:
     return f"{'one' if n == 1 else n} {unit}{'' if n == 1 else 's'}"
-
-
-def _digest(student: Student) -> str:
-    assert student.weights is not None
-    return sha256(student.weights)

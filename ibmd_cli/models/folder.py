@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,22 +72,50 @@ def _save_tensors(tensors: dict[str, Tensor], config: dict[str, Any], file: Path
     file.chmod(0o644)  # safetensors writes for the owner alone
 
 
-def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
-    """Load the model that a reference names.
+M = TypeVar("M", Teacher, Student)
 
-    Args:
-        reference: see the module's docstring.
-        kind: "teacher" or "student", if only one will do.
+
+def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
+    """Load the model that a reference names, of either kind unless `kind` says "teacher" or "student".
 
     Raises:
         NotAvailable: the reference names nothing.
-        IbmdError: the folder is of a newer format, or its weights do not fit its configuration.
+        IbmdError: the folder is of a newer format or of the other kind, or its weights do not fit its configuration.
     """
     path = resolve(reference, kind)
-    if path.is_file():
-        config, file = read_metadata(path), path
-    else:
-        config, file = read_json(path / "config.json"), path / "model.safetensors"
+    if kind == "teacher" or (kind is None and read_config(path)["format"] == "ibmd-teacher"):
+        return load_folder(path, reference, Teacher)
+    return load_folder(path, reference, Student)
+
+
+def load_student(reference: str) -> Student:
+    """Load a student; errors as of `load_model`. A teacher is loaded by `teachers.load_teacher`."""
+    return load_folder(resolve(reference, "student"), reference, Student)
+
+
+def load_folder(path: Path, reference: str, kind: type[M]) -> M:
+    """Load a model of a known kind from its folder, or safetensors file, that a reference named."""
+    config = read_config(path)
+    if config["format"] != (wanted := f"ibmd-{kind.__name__.lower()}"):
+        raise other_kind(reference, config, wanted.removeprefix("ibmd-"))
+    try:
+        with torch.device("meta"):  # no weights yet: they are in the file
+            predictor = make_predictor(config)
+        _check(config, predictor)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IbmdError(f"{path}: config.json does not describe a model ({type(error).__name__}: {error})") from error
+    file = path if path.is_file() else path / "model.safetensors"
+    load_weights(predictor, file)
+    return kind(predictor.eval(), config, file)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration of the model in a folder, or in a safetensors file that `ibmd export` wrote.
+
+    Raises:
+        IbmdError: it is no model of ibmd, or of a newer format.
+    """
+    config = read_metadata(path) if path.is_file() else read_json(path / "config.json")
     if config.get("format") not in ("ibmd-teacher", "ibmd-student"):
         raise IbmdError(f"{path}: not a model of ibmd: its format is {config.get('format')!r}")
     version = config.get("format_version")
@@ -98,18 +126,16 @@ def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
             f"{path}: format_version {version}, written by ibmd {config.get('ibmd_version', '?')}; "
             f"ibmd {__version__} reads up to {FORMAT_VERSION}. Upgrade: pip install -U ibmd-cli"
         )
-    is_teacher = config["format"] == "ibmd-teacher"
-    if kind is not None and (kind == "teacher") != is_teacher:
-        other = "teacher" if is_teacher else "student"
-        raise IbmdError(f"{reference}: a {other}, where a {kind} is needed. Name it with --{other}")
-    try:
-        with torch.device("meta"):  # no weights yet: they are in the file
-            predictor = make_predictor(config)
-        _check(config, predictor)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise IbmdError(f"{path}: config.json does not describe a model ({type(error).__name__}: {error})") from error
-    load_weights(predictor, file)
-    return (Teacher if is_teacher else Student)(predictor.eval(), config, file)
+    return config
+
+
+def other_kind(reference: str, config: Mapping[str, Any], wanted: str) -> IbmdError:
+    """Return the error for a model of the other kind than the wanted one, with what mends it."""
+    if wanted == "student":
+        return IbmdError(f"{reference}: a teacher, where a student is needed. Name it with --teacher")
+    own = (config.get("teacher") or {}).get("reference")
+    mend = f"Its own teacher is {own}: --teacher {own}" if own else "Name it with --student"
+    return IbmdError(f"{reference}: a student, where a teacher is needed. {mend}")
 
 
 def _check(config: dict[str, Any], predictor: Predictor) -> None:
@@ -221,13 +247,20 @@ def is_model(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "model.safetensors").is_file()
 
 
-def resolve(reference: str, kind: str | None = None) -> Path:
+def is_run(path: Path) -> bool:
+    """Tell whether a path is the folder of a run of `ibmd distill`, with its student or without one yet."""
+    config = path / "config.json"
+    return is_model(path / "student") or (config.is_file() and not is_model(path) and "settings" in read_json(config))
+
+
+def resolve(reference: str, kind: str | None = None, quiet: bool = False) -> Path:
     """Return the model folder (or safetensors file) that a reference names.
 
     Args:
         reference: `builtin:NAME`, `hf://OWNER/REPO[@REV][/FILE]`, a model folder, a run folder, or a file written by
             `ibmd export`.
         kind: "teacher" or "student": which of the two an embedded name means.
+        quiet: show no progress of downloads.
 
     Raises:
         NotAvailable: there is no such model; the message lists the nearest names.
@@ -237,13 +270,19 @@ def resolve(reference: str, kind: str | None = None) -> Path:
         return assets() / reference.removeprefix("builtin:") / (kind or "student")
     if reference.startswith("hf://"):
         repo, revision, file = hub.parse_hf(reference)
-        return hub.download(repo, file, revision=revision) if file else hub.snapshot(repo, revision)
+        return (
+            hub.download(repo, file, revision=revision, quiet=quiet)
+            if file
+            else hub.snapshot(repo, revision, quiet=quiet)
+        )
     path = Path(reference)
     if path.is_file() and path.suffix == ".safetensors":
         return path
     for folder in (path, path / "student"):
         if is_model(folder):
             return folder
+    if is_run(path):
+        raise NotAvailable(f"{reference}: a run that has no student yet: its command, typed again, continues it")
     if path.exists():
         raise NotAvailable(
             f"{reference}: no model here: expected config.json and model.safetensors, or a run folder with student/"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ibmd_cli.errors import UsageError
+from ibmd_cli.files import sha256
 from ibmd_cli.method.bridges import Bridge
 from ibmd_cli.method.distillation import Setup, Sources, translate
 from ibmd_cli.method.noise import Streams
@@ -49,6 +50,16 @@ class Model:
         """Short name, for tables and messages."""
         return str(self.config["name"])
 
+    def digest(self) -> str:
+        """Return the SHA-256 of the file that the weights were loaded from.
+
+        Raises:
+            ValueError: they were not loaded from a file.
+        """
+        if self.weights is None:
+            raise ValueError(f"{self.name}: its weights come from no file")
+        return sha256(self.weights)
+
     def to(self, device: torch.device | str) -> "Model":
         """Move the weights to `device` and return the model."""
         self.predictor.to(device)
@@ -82,7 +93,8 @@ class Teacher(Model):
         low, high = 0, self.bridge.T
         if bool(((t < low) | (t > high)).any()):
             raise ValueError(f"times {t.tolist()}: expected {low} … {high:g} for a bridge of kind {self.bridge.kind}")
-        return self.predictor(x_t, t, x_T, label=label)
+        x_0: Tensor = self.predictor(x_t, t, x_T, label=label)
+        return x_0
 
     def translate(
         self, batch: Sources, rng: Streams, nfe: int | None = None, sampler: str | None = None, **options: Any

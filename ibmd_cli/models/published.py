@@ -327,7 +327,7 @@ def _without_1x1(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def convert(
-    path: Path,
+    checkpoint: Checkpoint,
     folder: Path,
     *,
     name: str,
@@ -339,29 +339,25 @@ def convert(
     """Write the model folder of a published checkpoint, whole or not at all; one that is there is replaced.
 
     Args:
-        path: see `read_checkpoint`.
+        checkpoint: what to convert.
         folder: where.
         name: of the model.
-        preset: row of `hub.published`, for what the checkpoint does not say; None for what its family shares.
+        preset: row of `catalogue.published`, for what the checkpoint does not say; None for what its family shares.
         head_channels: width of an attention head, if it is not the family's 64 (or less in a narrower network).
         attention_order: "new" or "legacy", if it is not the family's.
-        source: reference under which the checkpoint was found; None for `path`.
+        source: reference under which the checkpoint was found; None for its path.
 
     Raises:
-        NotAvailable: there is no such file or folder.
-        IbmdError: see `read_checkpoint` and `infer_network`; or the preset is for another checkpoint, or is needed.
+        IbmdError: see `infer_network`; or the preset is for another checkpoint, or is needed.
     """
-    checkpoint = read_checkpoint(path)
-    try:
-        config = describe(checkpoint, preset, head_channels, attention_order)
-    except IbmdError as error:
-        raise type(error)(f"{path}: {error}") from error
+    file = checkpoint.file
+    config = describe(checkpoint, preset, head_channels, attention_order)
     config["name"] = name
     config["source"] = {
-        "reference": source or str(path),
-        "file": checkpoint.file.name,
-        "sha256": sha256(checkpoint.file),
-        "bytes": checkpoint.file.stat().st_size,
+        "reference": source or str(file),
+        "file": file.name,
+        "sha256": sha256(file),
+        "bytes": file.stat().st_size,
     }
     tensors = {
         f"backbone.{key}": v.reshape(_without_1x1(key, v.shape)).float() for key, v in checkpoint.tensors.items()
@@ -373,6 +369,15 @@ def describe(
     checkpoint: Checkpoint, preset: Mapping[str, Any] | None, head_channels: int | None, attention_order: str | None
 ) -> dict[str, Any]:
     """Return the `config.json` of a checkpoint, but for its name and source; arguments and errors as of `convert`."""
+    try:
+        return _describe(checkpoint, preset, head_channels, attention_order)
+    except IbmdError as error:
+        raise type(error)(f"{checkpoint.file}: {error}") from error
+
+
+def _describe(
+    checkpoint: Checkpoint, preset: Mapping[str, Any] | None, head_channels: int | None, attention_order: str | None
+) -> dict[str, Any]:
     family, options = checkpoint.family, checkpoint.options
     facts = dict(preset) if preset else {**_shared(family), **(_from_options(options) if options else {})}
     if facts["family"] != family:

@@ -76,7 +76,8 @@ def sample_teacher(
     def denoise(x_t: Tensor, t: float, source: Tensor) -> Tensor:
         times = torch.full((len(x_t),), t, dtype=time, device=x_t.device)
         known = {} if label is None else {"label": label}
-        return predict(x_t.to(x_T.dtype), times, source.to(x_T.dtype), **known).to(state)
+        x_0: Tensor = predict(x_t.to(x_T.dtype), times, source.to(x_T.dtype), **known)
+        return x_0.to(state)
 
     if mask is not None:
         mask = mask.to(x_T.device, state)

@@ -81,12 +81,15 @@ def activate(
     """
     if torch.compiler.is_compiling():  # a compiler chooses itself what to keep
         y = norm(x) if scale is None or shift is None else torch.addcmul(shift, norm(x), 1 + scale)
-        return conv(resampled(F.silu(y), resample))
+        convolved: Tensor = conv(resampled(F.silu(y), resample))
+        return convolved
     a, b = (v.float().view(1, -1, 1, 1).expand(len(x), -1, 1, 1) for v in (norm.weight, norm.bias))
     if scale is not None and shift is not None:
         a, b = a * (1 + scale), torch.addcmul(shift.float(), b, 1 + scale.float())
     padding = conv.kernel_size[0] // 2
-    result: Tensor = _Activate.apply(x, a, b, conv.weight, conv.bias, norm.num_groups, norm.eps, padding, resample)
+    result: Tensor = _Activate.apply(  # type: ignore[no-untyped-call]
+        x, a, b, conv.weight, conv.bias, norm.num_groups, norm.eps, padding, resample
+    )
     return result
 
 

@@ -139,7 +139,8 @@ class Predictor(nn.Module):
         else:
             z = None
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        F_t = self.backbone(x, self.preconditioning.c_noise(self.bridge, t), label, z).to(x_t.dtype)
+        output: Tensor = self.backbone(x, self.preconditioning.c_noise(self.bridge, t), label, z)
+        F_t = output.to(x_t.dtype)
         return c_skip * (x_T if self.preconditioning.kind == "residual" else x_t) + c_out * F_t
 
     def weight(self, t: Tensor, power: float = 2.0) -> Tensor:
@@ -190,7 +191,8 @@ def make_predictor(config: dict[str, Any]) -> Predictor:
         conditional=config["conditional"],
         noise_channels=config["noise_channels"],
     )
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def _settings(record: UNetConfig | Preconditioning) -> dict[str, Any]:

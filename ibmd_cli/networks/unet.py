@@ -80,7 +80,8 @@ class ResBlock(nn.Module):
             h = conv(dropout(F.silu(torch.addcmul(shift, norm(h), 1 + scale))))
         else:
             h = activate(h, norm, conv, scale, shift)
-        return self.skip_connection(resampled(x, self.resample)) + h
+        skipped: Tensor = self.skip_connection(resampled(x, self.resample))
+        return skipped + h
 
 
 class AttentionBlock(nn.Module):
@@ -175,7 +176,7 @@ class UNet(nn.Module):
     @property
     def size_multiple(self) -> int:
         """Height and width of an image must be a multiple of this."""
-        return self.config.patch_size * 2 ** (len(self.config.channel_mult) - 1)
+        return self.config.patch_size << (len(self.config.channel_mult) - 1)
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Compute F.
@@ -212,8 +213,10 @@ class UNet(nn.Module):
     def _run(self, module: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # Non-reentrant: frozen parameters stay frozen, and gradients still reach h.
-            return checkpoint(module, h, emb, use_reentrant=False)
-        return module(h, emb)
+            h = checkpoint(module, h, emb, use_reentrant=False)
+        else:
+            h = module(h, emb)
+        return h
 
 
 def sinusoid(c_noise: Tensor, channels: int) -> Tensor:

@@ -1,6 +1,5 @@
 """PyTorch models at work for `translating.Translator`: NumPy arrays in and out."""
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,9 +11,10 @@ from ibmd_cli.data.degradations import fill_hole
 from ibmd_cli.devices import resolve_device, single_threaded
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
-from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.model import Student, Teacher
-from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.models.teachers import TeacherRef, load_teacher
+from ibmd_cli.processes import this_process
 
 
 class TorchEngine:
@@ -88,51 +88,32 @@ class TorchEngine:
 
 
 def load_engine(
-    student: str | None,
-    teacher: str | None,
+    model: str | TeacherRef,
     *,
     device: str = "auto",
     nfe: int | None = None,
-    preset: str | None = None,
-    head_channels: int | None = None,
-    attention_order: str | None = None,
     sampler: str | None = None,
     options: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> TorchEngine:
-    """Load a student, or a teacher, on its device.
+    """Load a student by its reference, or a teacher, on its device.
 
     Args:
-        student: reference; None if it is a teacher.
-        teacher: reference; None if it is a student.
+        model: which.
         device: see `devices.resolve_device`; with several processes, each takes a GPU of its own.
         nfe: see `TorchEngine`.
-        preset: see `teachers.load_teacher`.
-        head_channels: likewise.
-        attention_order: likewise.
         sampler: see `TorchEngine`.
         options: see `TorchEngine`.
         quiet: show no progress of downloads.
 
     Raises:
-        NotAvailable, UsageError, IbmdError: see `models.load_model` and `teachers.load_teacher`.
+        NotAvailable, UsageError, IbmdError: see `folder.load_student` and `teachers.load_teacher`.
     """
     place = resolve_device(device)
-    if place.type == "cuda" and place.index is None and "LOCAL_RANK" in os.environ:
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if teacher is not None:
-        model: Student | Teacher = load_teacher(
-            teacher,
-            preset=preset,
-            device=place,
-            head_channels=head_channels,
-            attention_order=attention_order,
-            quiet=quiet,
-        )
-    else:
-        assert student is not None
-        loaded = load_model(student, "student")
-        assert isinstance(loaded, Student)
-        loaded.to(place)
-        model = loaded
-    return TorchEngine(model, nfe, sampler, options)
+    if place.type == "cuda" and place.index is None and (process := this_process()).launched:
+        place = torch.device("cuda", process.local_rank)
+    if isinstance(model, TeacherRef):
+        return TorchEngine(load_teacher(model, device=place, quiet=quiet), nfe, sampler, options)
+    student = load_student(model)
+    student.to(place)
+    return TorchEngine(student, nfe, sampler, options)

@@ -27,7 +27,7 @@ from ibmd_cli.files import FULL, why, write_file
 from ibmd_cli.images.decode import Budget, own_limits, shown
 from ibmd_cli.images.encode import SOFTWARE, encode
 from ibmd_cli.images.grids import Sheet, thumbnail
-from ibmd_cli.processes import Gather, company, place
+from ibmd_cli.processes import AllGather, connect, this_process
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.sampling.claims import Claims
 from ibmd_cli.sampling.plan import Job, SampleConfig, by_input, make_plan
@@ -55,11 +55,11 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
         NotAvailable: there is no such model.
         IbmdError: an output exists; nothing was done.
     """
-    process, processes = place()
+    process, processes = (here := this_process()).rank, here.count
     if processes > 1 and ("-" in (*config.inputs, config.files_from, config.output) or config.grid):
         raise UsageError("several processes: stdin, stdout and --grid are for one; give files, or start one")
     reporter.quiet = reporter.quiet or process > 0
-    with company() as gather:
+    with connect() as gather:
         plan = _together(process, gather, lambda: make_plan(config, process, processes))
         results = Results(config, reporter)
         try:
@@ -84,7 +84,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
     return 3 if results.failed else 0
 
 
-def _together(process: int, gather: Gather, do: Callable[[], T]) -> T:
+def _together(process: int, gather: AllGather, do: Callable[[], T]) -> T:
     """Do something in every process, and go on when all have done it; if one cannot, all end, and the first tells."""
     result, error = None, None
     try:
@@ -201,18 +201,16 @@ def _load(config: SampleConfig, quiet: bool) -> Engine:
         if config.nfe not in (None, student.nfe):
             raise UsageError(f"--nfe {config.nfe}: {shown(config.student)} holds {student.nfe}; leave --nfe out")
         return student
-    from ibmd_cli.sampling.engine import (
-        load_engine,  # PyTorch takes seconds to import, and exported students do without it
-    )
+    # PyTorch takes seconds to import, and exported students do without it.
+    from ibmd_cli.models.teachers import TeacherRef
+    from ibmd_cli.sampling.engine import load_engine
 
     return load_engine(
-        None if config.teacher else config.student or STUDENT,
-        config.teacher,
+        TeacherRef(config.teacher, config.preset, config.head_channels, config.attention_order)
+        if config.teacher
+        else config.student or STUDENT,
         device=config.device,
         nfe=config.nfe,
-        preset=config.preset,
-        head_channels=config.head_channels,
-        attention_order=config.attention_order,
         sampler=config.sampler,
         options=_options(config.sampler_options),
         quiet=quiet,

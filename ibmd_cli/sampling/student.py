@@ -13,7 +13,7 @@ from ibmd_cli.export.exported import ExportedStudent
 from ibmd_cli.export.load import is_exported, load_exported
 from ibmd_cli.images.decode import to_picture
 from ibmd_cli.models import model as models
-from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.folder import load_student
 from ibmd_cli.sampling.engine import TorchEngine
 from ibmd_cli.sampling.plan import Job
 from ibmd_cli.sampling.translator import Engine, Translator
@@ -26,7 +26,7 @@ class Student:
         coloured = student(Image.open("drawing.png"))
 
     Args:
-        model: as `folder.load_model` returns it, on its device; or as `runners.load_exported` does.
+        model: as `folder.load_student` returns it, on its device; or as `runners.load_exported` does.
     """
 
     def __init__(self, model: models.Student | ExportedStudent) -> None:
@@ -51,8 +51,7 @@ class Student:
             if device not in ("auto", "cpu"):
                 raise UsageError(f"device {device!r}: {reference} runs on the CPU")
             return cls(load_exported(reference))
-        model = load_model(reference, "student")
-        assert isinstance(model, models.Student)
+        model = load_student(reference)
         model.to(resolve_device(device))
         return cls(model)
 

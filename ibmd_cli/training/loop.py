@@ -26,17 +26,17 @@ from ibmd_cli.data.loading import count_workers
 from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.devices import forget_peak, free_memory, peak_memory, tune
 from ibmd_cli.errors import UsageError
-from ibmd_cli.files import atomic_file, sha256
+from ibmd_cli.files import atomic_file
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.images.grids import labelled_grid
 from ibmd_cli.method.distillation import Setup, Sources, bridge_iterations, bridge_loss, ibmd, rollout, student_step
 from ibmd_cli.method.noise import BatchStreams, Streams, stream
 from ibmd_cli.metrics.scores import diversity
-from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.model import Model, Student, Teacher, make_setup, student_times
-from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.models.teachers import TeacherRef, load_teacher
 from ibmd_cli.networks.predictor import Predictor
-from ibmd_cli.processes import keep_freed_memory
+from ibmd_cli.processes import keep_freed_memory, this_process
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import AUTO, DistillConfig, to_json
 from ibmd_cli.training.fsdp import split
@@ -77,6 +77,12 @@ def distill(
         IbmdError: losses or gradients that stay not finite, a checkpoint that cannot be written, unreadable data.
         KeyboardInterrupt: after SIGINT or SIGTERM, when the step is finished and a checkpoint is written.
     """
+    process = this_process()
+    if process.count > 1 and not process.connected:
+        raise UsageError(
+            f"WORLD_SIZE={process.count} without MASTER_ADDR: start them with --processes {process.count}, torchrun or "
+            "accelerate launch; or unset RANK and WORLD_SIZE"
+        )
     accelerator = _accelerator(config, out, device)
     reporter = reporter if accelerator.is_main_process else Reporter(quiet=True)
     share, rest = divmod(config.batch_size, accelerator.num_processes)
@@ -88,9 +94,10 @@ def distill(
         )
     if config.fsdp and accelerator.num_processes == 1:
         raise UsageError("--fsdp splits the networks over several processes, and there is one: add --processes N")
-    teacher = _load(config, reporter)
+    ref = TeacherRef(config.teacher, config.preset, config.head_channels, config.attention_order)
+    teacher = load_teacher(ref, quiet=reporter.quiet)
     degradation = "" if config.degrade == "none" else config.degrade
-    workers = count_workers(config.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers = count_workers(config.workers, this_process().local_count)
     sources = SourceImages(
         config.data, teacher.config, reporter, degradation, config.masks,
         layout=config.layout, labels=config.labels, workers=workers,
@@ -114,7 +121,7 @@ def _accelerator(config: DistillConfig, out: Path, device: torch.device) -> Acce
             raise UsageError(
                 f"ACCELERATE_USE_{name}: turn it off in `accelerate config`: --fsdp splits the networks over processes"
             )
-    if device.type == "cuda" and device.index is not None and "RANK" not in os.environ:
+    if device.type == "cuda" and device.index is not None and not this_process().launched:
         torch.cuda.set_device(device)  # the one that Accelerate takes
     tune(device)
     if device.type == "cpu":
@@ -288,16 +295,6 @@ def _tracking(accelerator: Accelerator, config: DistillConfig, out: Path, start:
             tracker.finish()
 
 
-def _load(config: DistillConfig, reporter: Reporter) -> Teacher:
-    return load_teacher(
-        config.teacher,
-        preset=config.preset or None,
-        head_channels=config.head_channels or None,
-        attention_order=config.attention_order or None,
-        quiet=reporter.quiet,
-    )
-
-
 def _fitting_micro_batch(
     config: DistillConfig,
     share: int,
@@ -310,7 +307,7 @@ def _fitting_micro_batch(
     """Find the micro-batch of `--micro-batch auto`, the same in all processes; weights stay as they are."""
     teacher, bridge_model, student = networks
     device = accelerator.device
-    sharers = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sharers = 1 if device.type == "cuda" else this_process().local_count
     limit = config.memory * GIB or SHARE_OF_FREE * free_memory(device) / sharers
     learning = [*bridge_model.parameters(), *student.parameters()]
     gradients = sum(p.nbytes for p in learning)
@@ -350,7 +347,7 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
         predictor = predictor.widen(channels, config.noise_init, rng)
     noise = {"channels": channels, "grid": config.noise_grid or teacher.image_size}
     if config.init:
-        first = load_model(config.init, "student")
+        first = load_student(config.init)
         have, want = (
             {**model.to_dict(), "noise": settings}
             for model, settings in ((first.predictor, first.config["sampling"]["noise"]), (predictor, noise))
@@ -361,7 +358,6 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
     chained = bridge.to_dict()["kind"] == "i2sb"
     shared = ("network", "bridge", "preconditioning", "conditional", "noise_channels")
     inherited = ("task", "image", "classes", "mask", "degradation", "licence")
-    assert teacher.weights is not None
     settings = {
         "format": "ibmd-student",
         "format_version": 1,
@@ -375,7 +371,7 @@ def _new_student(config: DistillConfig, teacher: Model) -> Student:
             "rollout": "chain" if chained else "random-step",
             "transition": "posterior" if chained else "marginal",
         },
-        "teacher": {"reference": config.teacher, "sha256": sha256(teacher.weights)},
+        "teacher": {"reference": config.teacher, "sha256": teacher.digest()},
         "training": to_json(config),
     }
     return Student(predictor, settings)

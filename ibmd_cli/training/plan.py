@@ -8,7 +8,7 @@ import torch
 from ibmd_cli.data.download import to_fetch
 from ibmd_cli.data.sources import check_sources
 from ibmd_cli.models.model import student_times
-from ibmd_cli.models.teachers import look_up_teacher
+from ibmd_cli.models.teachers import TeacherRef, look_up_teacher
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import AUTO, DistillConfig
@@ -24,7 +24,7 @@ def plan(config: DistillConfig, out: Path, processes: int = 1) -> dict[str, Any]
         NotAvailable, UsageError, IbmdError: see `teachers.load_teacher`.
     """
     teacher, files = look_up_teacher(
-        config.teacher, config.preset or None, config.head_channels or None, config.attention_order or None
+        TeacherRef(config.teacher, config.preset, config.head_channels, config.attention_order)
     )
     if config.data:
         degradation = "" if config.degrade == "none" else config.degrade

@@ -19,7 +19,7 @@ from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import atomic_file, atomic_folder, read_json, sha256
 from ibmd_cli.models.card import student_card
-from ibmd_cli.models.folder import load_model, save_model
+from ibmd_cli.models.folder import load_student, save_model
 from ibmd_cli.models.model import Model, Student
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import DistillConfig, differences, to_json
@@ -230,7 +230,7 @@ class Run:
         if not self.writes:
             return
         try:
-            have = load_model(str(folder), "student")
+            have = load_student(str(folder))
             sound = _content(have) == _content(want) and _equal(have, want)
         except (IbmdError, KeyError, TypeError):
             sound = False

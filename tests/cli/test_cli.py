@@ -122,5 +122,5 @@ def test_one_of_several_processes_says_which_it_is():
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     command = ["distill", "--dry-run", "--teacher"]
     done = ibmd(*command, "builtin:outline2emojy", **place)
-    assert done.stderr.startswith("error: process 1 of 2: no teacher 'builtin:outline2emojy'")
+    assert done.stderr.startswith("error: process 2 of 2: no teacher 'builtin:outline2emojy'")
     assert ibmd(*command, "builtin:outline2emoji", "--lr", "-1", **place).stderr == ""

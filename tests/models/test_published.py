@@ -59,7 +59,7 @@ def refusal(path: Path, **settings) -> str:
     """Return the message with which a conversion is refused, and check that nothing was left behind."""
     folder = path.parent / "refused"
     with pytest.raises(IbmdError) as caught:
-        convert(path, folder, name="tiny", head_channels=32, **settings)
+        convert(read_checkpoint(path), folder, name="tiny", head_channels=32, **settings)
     assert not folder.exists()
     assert not list(path.parent.glob(".ibmd-*"))
     assert "\n" not in str(caught.value)
@@ -90,7 +90,7 @@ def test_teacher_from_a_published_container_predicts_as_published(tmp_path: Path
     file = published.save(container(weights), tmp_path / "latest.pt")
     if options is not None:
         published.save_options(tmp_path, **options)
-    convert(file, tmp_path / "model", name=case, preset=preset, head_channels=32)
+    convert(read_checkpoint(file), tmp_path / "model", name=case, preset=preset, head_channels=32)
     file.unlink()
     teacher = load_model(str(tmp_path / "model"), "teacher")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -194,7 +194,7 @@ def test_what_shapes_do_not_show_must_be_possible():
 
 def test_config_says_where_the_model_is_from(tmp_path: Path):
     folder = tiny_i2sb(tmp_path / "jpeg-10")
-    convert(folder, tmp_path / "model", name="mine", preset=I2SB, source="hub:i2sb-jpeg-10")
+    convert(read_checkpoint(folder), tmp_path / "model", name="mine", preset=I2SB, source="hub:i2sb-jpeg-10")
     config = load_model(str(tmp_path / "model"), "teacher").config
     file = folder / "latest.pt"
     assert config["source"] == {
@@ -219,9 +219,9 @@ def test_config_says_where_the_model_is_from(tmp_path: Path):
 def test_options_say_what_the_preset_would(tmp_path: Path):
     of_options, of_preset = tmp_path / "options", tmp_path / "preset"
     folder = tiny_i2sb(tmp_path / "a", image_size=64)
-    convert(folder, of_options, name="tiny", head_channels=32)
+    convert(read_checkpoint(folder), of_options, name="tiny", head_channels=32)
     (folder / "options.pkl").unlink()
-    convert(folder, of_preset, name="tiny", preset=I2SB)
+    convert(read_checkpoint(folder), of_preset, name="tiny", preset=I2SB)
     one, other = (json.loads((f / "config.json").read_text()) for f in (of_options, of_preset))
     assert one | {"licence": "CC-BY-NC-SA-4.0"} == other
 
@@ -231,7 +231,7 @@ def test_options_say_what_the_preset_would(tmp_path: Path):
 )
 def test_options_name_the_task(tmp_path: Path, corrupt: str, mask: dict | None, scale: int):
     folder = tiny_i2sb(tmp_path / "a", corrupt=corrupt, ot_ode=True, beta_max=1.0, clip_denoise=True)
-    convert(folder / "latest.pt", tmp_path / "model", name="tiny", head_channels=32)
+    convert(read_checkpoint(folder / "latest.pt"), tmp_path / "model", name="tiny", head_channels=32)
     teacher = load_model(str(tmp_path / "model"))
     assert (teacher.config["mask"], teacher.config["image"]["source_scale"]) == (mask, scale)
     assert teacher.bridge == I2SBBridge(beta_max=1.0, noise_free=True)
@@ -240,7 +240,7 @@ def test_options_name_the_task(tmp_path: Path, corrupt: str, mask: dict | None, 
 
 def test_conditional_i2sb_loads_as_conditional(tmp_path: Path):
     folder = tiny_i2sb(tmp_path / "a", in_channels=6, cond_x1=True)
-    convert(folder, tmp_path / "model", name="tiny", head_channels=32)
+    convert(read_checkpoint(folder), tmp_path / "model", name="tiny", head_channels=32)
     assert load_model(str(tmp_path / "model")).predictor.conditional
     published.save_options(folder, cond_x1=False)
     assert "cond_x1 False, but it has 6 channels in" in refusal(folder)
@@ -250,7 +250,7 @@ def test_conditional_i2sb_loads_as_conditional(tmp_path: Path):
 def test_safetensors_of_published_names_load(tmp_path: Path, half: bool):
     weights = {published.PREFIX + name: v.half() if half else v for name, v in weights_of().items()}
     save_file(weights, tmp_path / "net.safetensors")
-    convert(tmp_path / "net.safetensors", tmp_path / "model", name="tiny", head_channels=32)
+    convert(read_checkpoint(tmp_path / "net.safetensors"), tmp_path / "model", name="tiny", head_channels=32)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert all(v.dtype == torch.float32 for v in tensors.values())
     assert all(torch.equal(tensors[name.replace(published.PREFIX, "backbone.")], v) for name, v in weights.items())
@@ -470,7 +470,7 @@ def test_options_of_another_kind_are_refused(tmp_path: Path):
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from ibmd_cli.models.published import convert
+from ibmd_cli.models.published import convert, read_checkpoint
 from ibmd_cli.models.folder import load_model
 torch.set_num_threads(1)
 command, path, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -480,7 +480,7 @@ def peak(name):
 
 before = peak("VmRSS")
 if command == "convert":
-    convert(path, path.parent / "model", name="big")
+    convert(read_checkpoint(path), path.parent / "model", name="big")
 else:
     teacher = load_model(str(path.parent / "model"))
 print(peak("VmHWM") - before)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from ibmd_cli.cli import app
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.models import catalogue
-from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.folder import load_model, load_student
 from ibmd_cli.models.published import Checkpoint
 from ibmd_cli.models.teachers import list_teachers, load_teacher, recognise
 from ibmd_cli.networks.unet import UNet, UNetConfig
@@ -179,6 +180,63 @@ def test_references_that_name_nothing(tmp_path: Path):
         load_teacher("builtin:outline2emoji", preset="i2sb-jpg-5")
     with pytest.raises(NotAvailable, match="no teacher"):
         load_teacher(str(tmp_path / "nothing.pt"))
+
+
+OLD = Path(__file__).parent.parent / "written_by_0.1"
+NO_TEACHERS = {  # what it is: what names it, what the message says
+    "run folder": ("finished", "a run folder, where a teacher is needed. The run's own teacher is teacher"),
+    "run without a student": ("started", "a run folder, where a teacher is needed. The run's own teacher is teacher"),
+    "student": (
+        "finished/student",
+        "a student, where a teacher is needed. Its own teacher is teacher: --teacher teacher",
+    ),
+    "weights of a student": ("finished/student/model.safetensors", "Its own teacher is teacher: --teacher teacher"),
+    "ONNX file": ("student.onnx", "a student, where a teacher is needed. Name it with --student"),
+    "checkpoint of a run": ("stopped/checkpoints/step-000003/state.pt", "expected tensors by name"),
+    "folder of images": ("drawings", "no checkpoint here: expected latest.pt and options.pkl"),
+    "image": ("out.png", "neither a torch file nor safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEACHERS)
+@pytest.mark.parametrize("command", ["plan", "distill", "sample", "eval"])
+def test_what_is_no_teacher_is_named_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, command: str
+):
+    shutil.copytree(OLD, tmp_path / "old")
+    shutil.copytree(OLD / "finished", tmp_path / "old" / "started", ignore=shutil.ignore_patterns("student"))
+    monkeypatch.chdir(tmp_path / "old")
+    reference, message = NO_TEACHERS[kind]
+    arguments = {
+        "plan": ["distill", "--dry-run", "--data", "nothing"],
+        "distill": ["distill", "--data", "nothing", "--out", "new"],
+        "sample": ["sample", "-i", "drawings", "-o", "new/"],
+        "eval": ["eval", "--student", "none", "--data", "nothing", "--out", "new"],
+    }[command]
+    error = CliRunner().invoke(app, [*arguments, "--teacher", reference]).exception
+    assert isinstance(error, IbmdError), error
+    assert str(error).startswith(reference)
+    assert message in str(error)
+    assert "\n" not in str(error)
+    assert not Path("new").exists()
+
+
+def test_run_folder_is_accepted_where_a_student_is_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    shutil.copytree(OLD, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    assert load_student("finished").digest() == load_student("finished/student").digest()
+    with pytest.raises(IbmdError, match="a teacher, where a student is needed"):
+        load_student("teacher")
+    shutil.rmtree("finished/student")
+    with pytest.raises(NotAvailable, match="a run that has no student yet: its command, typed again, continues it"):
+        load_student("finished")
+
+
+def test_published_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, opened, real = write(tmp_path / "files", "ddbm-edges2handbags"), [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **options: opened.append(given) or real(*given, **options))
+    load_teacher(str(path))
+    assert len(opened) == 1
 
 
 def test_every_known_teacher_is_listed():

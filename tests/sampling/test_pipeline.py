@@ -30,7 +30,7 @@ from ibmd_cli.files import atomic_file
 from ibmd_cli.images.decode import read_picture
 from ibmd_cli.images.find import find_images
 from ibmd_cli.method.noise import randn, stream
-from ibmd_cli.models.folder import load_model, resolve, save_model
+from ibmd_cli.models.folder import load_model, load_student, resolve, save_model
 from ibmd_cli.models.model import Student, Teacher
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
@@ -54,17 +54,17 @@ class Result(NamedTuple):
         return [json.loads(line) for line in self.stdout.splitlines()]
 
 
-embedded = cache(load_model)
+embedded = cache(load_student)
 
 
 @pytest.fixture(autouse=True)
 def _one_model(monkeypatch):
     """Load the embedded model once: much of the time of these tests would be spent there."""
 
-    def load(reference: str, kind: str) -> Student | Teacher:
-        return embedded(reference, kind) if reference.startswith("builtin:") else load_model(reference, kind)
+    def load(reference: str) -> Student:
+        return embedded(reference) if reference.startswith("builtin:") else load_student(reference)
 
-    monkeypatch.setattr(engine, "load_model", load)
+    monkeypatch.setattr(engine, "load_student", load)
 
 
 @pytest.fixture
@@ -988,16 +988,6 @@ def test_where_files_cannot_be_locked_nothing_is_skipped(sample, drawings, tmp_p
     assert result.err.count("files cannot be locked in the output's folder (No locks available)") == 1
     assert sorted(os.listdir("out")) == [f"drawing-{i}.png" for i in range(8)]
     assert "0 done, 8 skipped" in sample("-i", drawings, "-o", "out/", "--on-exists", "skip").err
-
-
-@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "")])
-def test_places_that_cannot_be(sample, drawings, monkeypatch, rank, size):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", size)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    result = sample("-i", drawings, "-o", "out/")
-    assert result.code == 2
-    assert result.err == f"error: RANK={rank} and WORLD_SIZE={size}: expected 0 ≤ RANK < WORLD_SIZE; or unset both\n"
 
 
 def test_an_interrupted_run_continues(sample, drawings, tmp_path, monkeypatch):
