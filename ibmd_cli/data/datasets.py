@@ -1,303 +1,336 @@
-"""What `--data` names: images by number, which are read when they are asked for.
+"""Data sets by number: sources, targets, or both, found by a reference and read when they are asked for.
 
-Each kind of reference is a class of the form `Records`, which can be sent to other processes.
+A folder means the same in every command: with `source/` and `target/` inside, it holds pairs of equal names; with a
+layout, each of its pictures is a pair or a source; else its pictures are sources, or, if they are to be degraded,
+targets. Folders inside may be classes.
 """
 
 import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from ibmd_cli.data.degradations import degrade
-from ibmd_cli.data.embedded import embedded_sources, enlarge
-from ibmd_cli.data.labels import label_of, read_labels
+from ibmd_cli.data.embedded import embedded_pairs, embedded_sources
+from ibmd_cli.data.forms import Form, read_normals
+from ibmd_cli.data.labels import check_classes, folder_classes, label_of, read_labels
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import why
 from ibmd_cli.images.decode import decode, read_image, shown
 from ibmd_cli.images.find import find_images
-from ibmd_cli.images.fit import fit, to_uint8
 
-LAYOUTS = {
-    "": "an image is a source",
-    "ab": "source and target side by side, the source on the left, as in edges2handbags",
-    "ba": "source and target side by side, the source on the right",
-    "normals": "surface normals: *_normal.npy as in DIODE, or *_normal.png as DDBM prepares them",
-}
-"""Name → what the files hold, in one line."""
-
+SOURCE, TARGET = SIDES = ("source", "target")
+"""The two pictures of a pair, and the folders that hold them."""
 HF_DATA = re.compile(r"hf://datasets/(?P<repo>[^\s/@]+/[^\s/@#]+)(@(?P<revision>[^\s/#]+))?(/(?P<split>[^\s/#]+))?"
                      r"(#(?P<column>.+))?")  # fmt: skip
 
 
-class Records(Protocol):
-    """Images by number.
+# ------------------------------------------------------------------------------------------------------- data sets
+
+
+class DataSet:
+    """Items by number, each with a source, a target, or both; it can be sent to other processes.
+
+    Args:
+        name: the reference that they were found by.
+        forms: for each side that items have, what becomes of its picture.
+        labels: the class of each item, if there are any.
 
     Attributes:
-        name: the reference.
-        digest: changes with the images, as far as their names and sizes tell.
-        labels: the class of each, if there are any.
+        digest: changes with the pictures that are read, as far as their names and sizes tell.
     """
 
-    name: str
     digest: str
-    labels: Sequence[int]
 
-    def __len__(self) -> int: ...
+    def __init__(self, name: str, forms: Mapping[str, Form], labels: Sequence[int] = ()) -> None:
+        self.name, self.forms, self.labels = name, forms, labels
 
-    def read(self, row: int) -> Tensor:
-        """Return the pixels of an image, uint8 (3, H, W).
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def base(self) -> str:
+        """Return the side from which students are trained: sources, or the targets that sources are made of."""
+        return SOURCE if SOURCE in self.forms else TARGET
+
+    def title(self, row: int) -> str:
+        """Return the name of an item."""
+        return str(row)
+
+    def picture(self, row: int, side: str) -> tuple[Image.Image, str]:
+        """Open a picture of an item, and return it with its name for messages.
 
         Raises:
             IbmdError: it cannot be read.
         """
+        raise NotImplementedError
 
-
-# --------------------------------------------------------------------------------------------------- one picture
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a picture becomes the pixels of a source, or of the clean image that a source is made of.
-
-    Pictures are scaled as the teachers' authors did: halves of pairs by a bicubic filter, ImageNet's photos (what is
-    degraded) by a bilinear one to the shorter side, and normal maps to the nearest pixel. Others: `images.fit`.
-
-    Attributes:
-        size: height and width.
-        layout: key of `LAYOUTS`.
-        degradation: that will follow; "edges" are found here.
-        scale: sources are read smaller by this, and enlarged by repetition of pixels.
-    """
-
-    size: int
-    layout: str = ""
-    degradation: str = ""
-    scale: int = 1
-
-    def __call__(self, picture: Image.Image, name: str) -> Tensor:
-        """Return uint8 (3, size, size).
+    def read(self, row: int, *sides: str, alike: bool = False) -> Tensor:
+        """Return the pixels of an item, uint8 (3 · S, size, size), of S sides; of `base` if none is named.
 
         Raises:
-            IbmdError: the picture, called `name`, cannot be a pair.
+            IbmdError: a picture cannot be read, is of another size, or (if `alike`) the two are of different shapes.
         """
-        side = self.size // self.scale
-        if self.layout in ("ab", "ba"):
-            width, height = picture.size
-            if width < height:
-                raise IbmdError(f"{name}: {width}×{height} pixels: expected two pictures side by side")
-            half = (0, 0, width // 2, height) if self.layout == "ab" else (width // 2, 0, width, height)
-            x = to_uint8(picture.crop(half).resize((side, side), Image.Resampling.BICUBIC))
-        elif self.layout == "normals":
-            x = to_uint8(picture.resize((side, side), Image.Resampling.NEAREST))
-        elif self.degradation not in ("", "edges"):
-            x = to_uint8(_shorter_side(picture, side))
-        else:
-            fitted = fit(picture, side, "crop")[0][None]
-            x = to_uint8(degrade(fitted, "edges") if self.degradation == "edges" else fitted)[0]
-        return enlarge(x[None], self.scale)[0]
+        sides = sides or (self.base,)
+        pictures = [self.picture(row, side) for side in sides]
+        if alike and len({name for _, name in pictures}) == 2:
+            (one, name), (other, partner) = pictures
+            if abs(one.width * other.height - other.width * one.height) > max(one.width, other.width):
+                shapes = [f"{picture.width}×{picture.height}" for picture in (one, other)]
+                raise IbmdError(f"{name}: {shapes[0]}, but {partner} is {shapes[1]}: expected equal shapes")
+        return torch.cat([self.forms[side](*given) for side, given in zip(sides, pictures, strict=True)])
+
+    def describe(self, used: Sequence[str], degradation: str = "") -> str:
+        """Say what was taken, e.g. "pairs: 200 sources; 200 targets are not used by this objective"."""
+        taken = " and ".join(f"{len(self):,} {side}s" for side in SIDES if side in used)
+        if degradation:
+            taken += f", made into sources by {degradation}"
+        if self.labels:
+            taken += f", of {len(set(self.labels)):,} classes"
+        unused = [f"{count:,} {side}s" for side, count in self._counts().items() if side not in used]
+        return f"{self.name}: {taken}" + "".join(f"; {what} are not used by this objective" for what in unused)
+
+    def _counts(self) -> dict[str, int]:
+        return {side: len(self) for side in self.forms}
 
 
-def _shorter_side(picture: Image.Image, side: int) -> Image.Image:
-    """Scale the shorter side by a bilinear filter, and take the centre: torchvision's Resize and CenterCrop."""
-    short = min(picture.size)
-    width, height = (int(side * length / short) for length in picture.size)
-    left, upper = round((width - side) / 2), round((height - side) / 2)
-    return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, upper, left + side, upper + side))
+class Embedded(DataSet):
+    """The data of `builtin:NAME`, which are in memory: sources to train with, or the test pairs."""
 
-
-def read_normals(content: Path | BinaryIO, name: str, size: int) -> Image.Image:
-    """Read surface normals and colour them as DDBM does.
-
-    They are reduced to the nearest pixel (as OpenCV does: the upper left one of each block); places without a normal
-    become black; the smallest number of the picture becomes 0, and what lies 2 above it 255.
-
-    Args:
-        content: a file of NumPy, (H, W, 3) floats in [-1, 1], 0 where there is no normal.
-        name: for messages.
-        size: height and width of the result.
-
-    Raises:
-        IbmdError: it holds something else, or cannot be read.
-
-    Source: github.com/alexzhou907/DDBM, datasets/preprocess_depth.py.
-    """
-    try:
-        normals = np.load(content, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, EOFError) as error:
-        raise IbmdError(f"{name}: no file of NumPy, or a damaged one: copy it again") from error
-    if normals.ndim != 3 or normals.shape[2] != 3 or normals.size == 0 or not np.isfinite(normals).all():
-        raise IbmdError(f"{name}: shape {normals.shape}: expected finite surface normals (H, W, 3)")
-    rows, columns = (np.arange(size) * length // size for length in normals.shape[:2])
-    normals = normals[rows][:, columns]
-    absent = normals.sum(2, keepdims=True) == 0
-    normals = normals + absent * normals.min()
-    return Image.fromarray((np.clip((normals - normals.min()) / 2, 0, 1) * 255).astype(np.uint8))
-
-
-# ------------------------------------------------------------------------------------------------- kinds of records
-
-
-class Embedded:
-    """The sources of `builtin:NAME`, which are in memory."""
-
-    def __init__(self, name: str) -> None:
-        self.name = f"builtin:{name}"
-        self.labels: Sequence[int] = ()
-        self.pixels = embedded_sources(name)
-        self.digest = _digest([self.name, *map(str, self.pixels.shape)])
+    def __init__(self, name: str, form: Form, held_out: bool) -> None:
+        pairs = embedded_pairs(name) if held_out else None
+        self.pixels = {SOURCE: pairs.x_T, TARGET: pairs.x_0} if pairs else {SOURCE: embedded_sources(name)}
+        super().__init__(f"builtin:{name}", dict.fromkeys(self.pixels, form))
+        self.titles = pairs.names if pairs else ()
+        shape = self.pixels[SOURCE].shape
+        self.digest = _digest([name, *self.titles] if pairs else [self.name, *map(str, shape)])
+        if (side := shape[-1]) != form.size:
+            raise IbmdError(f"--data {self.name}: images of {side} pixels, but the teacher is for {form.size}")
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.pixels[SOURCE])
 
-    def read(self, row: int) -> Tensor:
-        """Return the pixels of a source."""
-        return self.pixels[row]
+    def title(self, row: int) -> str:
+        """Return the name of a test pair."""
+        return self.titles[row] if self.titles else str(row)
+
+    def read(self, row: int, *sides: str, alike: bool = False) -> Tensor:
+        """Return the pixels of an item."""
+        return torch.cat([self.pixels[side][row] for side in sides or (SOURCE,)])
 
 
-class Files:
+class Files(DataSet):
     """Image files.
 
     Args:
         name: the reference that they were found by.
-        root: the folder, or the one file.
-        files: all of them.
-        form: what becomes of each.
-        labels: the class of each, if there are any.
+        forms: for each side, what becomes of its picture.
+        files: for each side, all of them, item by item.
+        roots: for each side, the folder, or the one file.
+        labels: the class of each item, if there are any.
+        unused: for a side that is not read, the number of its files.
     """
 
-    def __init__(self, name: str, root: Path, files: Sequence[Path], form: Form, labels: Sequence[int]) -> None:
-        self.name, self.form, self.labels = name, form, labels
-        self.paths = np.array([os.fsencode(file) for file in files])  # a million strings would take ten times as much
-        self.digest = _digest(f"{_within(file, root)} {_size(file)}" for file in files)
+    def __init__(
+        self,
+        name: str,
+        forms: Mapping[str, Form],
+        files: Mapping[str, Sequence[Path]],
+        roots: Mapping[str, Path],
+        labels: Sequence[int],
+        unused: Mapping[str, int],
+    ) -> None:
+        super().__init__(name, forms, labels)
+        # As bytes in an array: a million strings would take ten times as much.
+        self.paths = {side: np.array([os.fsencode(file) for file in files[side]]) for side in forms}
+        self.root, self.unused = roots[self.base], unused
+        sides = [side for side in forms if side == self.base or roots[side] != self.root]
+        self.digest = _digest(f"{within(file, roots[side])} {_size(file)}" for side in sides for file in files[side])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.paths[self.base])
 
-    def read(self, row: int) -> Tensor:
-        """Return the pixels of a file."""
-        path = Path(os.fsdecode(bytes(self.paths[row])))
+    def title(self, row: int) -> str:
+        """Return the path of an item within its folder."""
+        return within(self._path(row, self.base), self.root) or self.root.name
+
+    def picture(self, row: int, side: str) -> tuple[Image.Image, str]:
+        """Open a file."""
+        path = self._path(row, side)
         name = shown(path)
-        picture = read_normals(path, name, self.form.size) if path.suffix == ".npy" else read_image(path)
-        return self.form(picture, name)
+        return (read_normals(path, name, self.forms[side].size) if path.suffix == ".npy" else read_image(path)), name
+
+    def _path(self, row: int, side: str) -> Path:
+        return Path(os.fsdecode(bytes(self.paths[side][row])))
+
+    def _counts(self) -> dict[str, int]:
+        return super()._counts() | dict(self.unused)
 
 
-class Rows:
+class Rows(DataSet):
     """Rows of a data set of the library `datasets`.
 
     Args:
         name: the reference.
         table: a `datasets.Dataset`.
-        column: that holds the images.
-        form: what becomes of each.
-        labels: the class of each, if there are any.
+        columns: for each side, the column that holds its images.
+        forms: for each side, what becomes of its picture.
+        labels: the class of each item, if there are any.
     """
 
-    def __init__(self, name: str, table: Any, column: str, form: Form, labels: Sequence[int]) -> None:
+    def __init__(
+        self, name: str, table: Any, columns: Mapping[str, str], forms: Mapping[str, Form], labels: Sequence[int]
+    ) -> None:
         from datasets import Image as Encoded
 
-        self.name, self.column, self.form, self.labels = name, column, form, labels
-        self.table = table.select_columns([column]).cast_column(column, Encoded(decode=False))
+        super().__init__(name, forms, labels)
+        self.columns = columns
+        self.table = table.select_columns(sorted(set(columns.values())))
+        for column in set(columns.values()):
+            self.table = self.table.cast_column(column, Encoded(decode=False))
         self.digest = _digest([name, str(len(table)), str(table.info.dataset_size), str(table.info.download_size)])
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def read(self, row: int) -> Tensor:
-        """Return the pixels of a row."""
-        cell, name = self.table[row][self.column] or {}, f"{self.name} row {row}"
+    def picture(self, row: int, side: str) -> tuple[Image.Image, str]:
+        """Open an image of a row."""
+        column = self.columns[side]
+        cell, name = self.table[row][column] or {}, f"{self.name} row {row}"
+        if len(set(self.columns.values())) > 1:
+            name += f" {column}"
         if cell.get("bytes"):
-            return self.form(decode(io.BytesIO(cell["bytes"]), name).rgb, name)
+            return decode(io.BytesIO(cell["bytes"]), name).rgb, name
         if cell.get("path"):
-            return self.form(read_image(Path(cell["path"])), name)
+            return read_image(Path(cell["path"])), name
         raise IbmdError(f"{name}: no image in it")
 
 
 # ------------------------------------------------------------------------------------------------------- references
 
 
-def open_records(reference: str, form: Form, classes: int | None, labels: str = "") -> Records:
+def open_data_set(
+    reference: str, form: Form, classes: int | None, labels: str = "", targets: bool = False, held_out: bool = False
+) -> DataSet:
     """Find the images that a reference names, without reading them.
 
     Args:
         reference: a folder (searched recursively), a file, `builtin:NAME`, or
             `hf://datasets/OWNER/NAME[@REVISION][/SPLIT][#COLUMN]`.
-        form: what becomes of each image.
+        form: what becomes of a source, or of the targets that sources are made of.
         classes: of the teacher, or None if it takes none. The class of a file is what `labels` says, or the folder
-            that holds it (`_folder_classes`); that of a row of a data set stands in its column of classes.
+            that holds it (`folder_classes`); that of a row of a data set stands in its column of classes.
         labels: CSV file of classes, see `labels`; "": none.
+        targets: whether targets will be read, too.
+        held_out: take the test pairs of `builtin:NAME` in place of its training sources.
 
     Raises:
         UsageError: the classes cannot be told, or the data have no such images.
-        NotAvailable: the data are not there.
-        IbmdError: they cannot be read, or are of another size.
+        NotAvailable: the data are not there, or have no targets.
+        IbmdError: they cannot be listed, are of another size, or an item of a pair has no partner.
     """
     if reference.startswith("builtin:"):
         if classes:
             raise UsageError(f"--data {reference}: has no classes, and the teacher needs them: give a folder")
-        records = Embedded(reference.removeprefix("builtin:"))
-        if records.pixels.shape[-1] != form.size:
-            raise IbmdError(
-                f"--data {reference}: images of {records.pixels.shape[-1]} pixels, but the teacher is for {form.size}"
-            )
-        return records
-    if reference.startswith("hf://"):
-        return _open_rows(reference, form, classes)
-    return open_files(reference, Path(reference), form, classes, labels)
+        found: DataSet = Embedded(reference.removeprefix("builtin:"), form, held_out)
+    elif reference.startswith("hf://"):
+        found = _open_rows(reference, form, classes)
+    else:
+        return open_files(reference, Path(reference), form, classes, labels, targets)
+    if targets and TARGET not in found.forms:
+        raise NotAvailable(f"--data {reference}: has sources alone: give a folder with source/ and target/ in it")
+    return found
 
 
-def open_files(reference: str, path: Path, form: Form, classes: int | None, labels: str = "") -> Files:
-    """Find the images of a folder; arguments and errors are those of `open_records`."""
-    files = _find_normals(path) if form.layout == "normals" else find_images(path)
-    if not files:
+def open_files(
+    reference: str, path: Path, form: Form, classes: int | None, labels: str = "", targets: bool = False
+) -> Files:
+    """Find the images of a folder; arguments and errors are those of `open_data_set`."""
+    inside = [side for side in SIDES if (path / side).is_dir()]
+    paired = len(inside) == 2
+    if paired and form.layout:
+        raise UsageError(f"--data {reference}: holds source/ and target/: leave out --layout {form.layout}")
+    if inside == [TARGET] and not (form.degradation or form.layout):
+        raise NotAvailable(f"--data {reference}: no folder {path / SOURCE}; expected source/ and target/ in it")
+    if paired:
+        listed = {side: _images(path / side, form.layout) for side in SIDES}
+    else:
+        listed = dict.fromkeys(SIDES, _images(path, form.layout))
+        _refuse_pairs_below(reference, path, listed[SOURCE])
+    forms = _forms(form, paired)
+    if targets and TARGET not in forms:
+        missing = path / (TARGET if inside else SOURCE)
+        raise NotAvailable(f"--data {reference}: no folder {missing}; expected source/ and target/ in it")
+    unused = {side: len(listed[side]) for side in (SIDES if paired else forms)}
+    if not targets and SOURCE in forms:
+        forms = {SOURCE: forms[SOURCE]}
+    read = {side: TARGET if form.degradation else side for side in forms}
+    if paired and len(set(read.values())) == 2:
+        listed = _partners(reference, path, listed)
+    files = {side: listed[read[side]] for side in forms}
+    roots = {side: path / read[side] if paired else path for side in forms}
+    base = next(iter(forms))
+    if not files[base]:
         kind = "surface normals (*_normal.npy, *_normal.png)" if form.layout == "normals" else "images"
-        raise NotAvailable(f"--data {reference}: no {kind} in it")
+        raise NotAvailable(f"--data {reference}: no {kind} in {'it' if roots[base] == path else roots[base]}")
+    unused = {side: count for side, count in unused.items() if side not in read.values()}
     numbers = list[int]()
     if classes and labels:
         table = read_labels(labels, "--labels")
-        numbers = [label_of(table, file, _within(file, path), labels) for file in files]
-        _check_classes(f"--labels {labels}", numbers, classes)
+        numbers = [label_of(table, file, within(file, roots[base]), labels) for file in files[base]]
+        check_classes(f"--labels {labels}", numbers, classes)
     elif classes:
-        numbers = _folder_classes(path, files, classes)
-    return Files(reference, path, files, form, numbers)
+        numbers = folder_classes(roots[base], files[base], classes)
+    return Files(reference, forms, files, roots, numbers, unused)
 
 
-def _find_normals(path: Path) -> list[Path]:
-    """List the normal maps of a folder; of two of one name, the numbers rather than the picture."""
-    if path.is_file():
-        return [path]
-    pictures = [file for file in find_images(path) if file.stem.endswith("_normal")]
-    arrays = path.rglob("*_normal.npy")
-    return sorted({file.with_suffix(""): file for file in (*pictures, *arrays)}.values())
+def _forms(form: Form, paired: bool) -> dict[str, Form]:
+    """Return the sides that the pictures of a folder have, and what becomes of each."""
+    if form.degradation not in ("", "edges"):
+        return {TARGET: form}
+    if not (paired or form.degradation or form.layout in ("ab", "ba")):
+        return {SOURCE: form}
+    other = {"ab": "ba", "ba": "ab"}.get(form.layout, "")
+    return {SOURCE: form, TARGET: replace(form, layout=other, degradation="", scale=1)}
 
 
-def _folder_classes(path: Path, files: Sequence[Path], classes: int) -> list[int]:
-    """Return the class of each image: the folder in `path` that holds it, by its number or its place in the alphabet.
+def _images(folder: Path, layout: str) -> list[Path]:
+    """List the images of a folder; of two normal maps of one name, the numbers rather than the picture."""
+    files = find_images(folder)
+    if layout != "normals" or not folder.is_dir():
+        return files
+    pictures = [file for file in files if file.stem.endswith("_normal")]
+    return sorted({file.with_suffix(""): file for file in (*pictures, *folder.rglob("*_normal.npy"))}.values())
 
-    Raises:
-        UsageError: an image is in no such folder, or the folders are neither numbers below `classes` nor that many.
-    """
-    loose = next((file for file in files if file.parent == path), None)
-    names = [] if loose else [file.relative_to(path).parts[0] for file in files]
-    folders = sorted(set(names))
-    if not loose and all(name.isdecimal() and int(name) < classes for name in folders):
-        return [int(name) for name in names]
-    if len(folders) == classes:
-        place = {name: i for i, name in enumerate(folders)}
-        return [place[name] for name in names]
-    found = f"{loose} lies outside of them" if loose else f"{len(folders)} folders, {folders[0]} … {folders[-1]}"
-    raise UsageError(
-        f"--data {path}: the teacher has {classes} classes: expected a folder for each, or folders that are called by "
-        f"their numbers (0 … {classes - 1}), or --labels FILE; found {found}"
-    )
+
+def _refuse_pairs_below(reference: str, path: Path, files: Sequence[Path]) -> None:
+    """Raise a UsageError if a folder further down holds pairs: their targets are no sources."""
+    for here in sorted({os.path.dirname(file) for file in files}):
+        for folder in (Path(here), *Path(here).parents):
+            if folder == path or path not in folder.parents:
+                break
+            if folder.name in SIDES and all((folder.parent / side).is_dir() for side in SIDES):
+                raise UsageError(f"--data {reference}: holds pairs in {folder.parent}: give --data {folder.parent}")
+
+
+def _partners(reference: str, path: Path, listed: Mapping[str, Sequence[Path]]) -> dict[str, list[Path]]:
+    """Sort the files of source/ and target/ by their names, which must be equal."""
+    files = {side: {within(file, path / side): file for file in listed[side]} for side in SIDES}
+    both = files[SOURCE].keys() & files[TARGET].keys()
+    lone = [f"{side}/{shown(name)}" for side in SIDES for name in sorted(files[side].keys() - both)]
+    if lone:
+        more = f" and {len(lone) - 5} more" if len(lone) > 5 else ""
+        raise IbmdError(f"--data {reference}: no partner of equal name for {', '.join(lone[:5])}{more}")
+    return {side: [files[side][name] for name in sorted(both)] for side in SIDES}
 
 
 def parse_hf_data(reference: str) -> dict[str, str | None]:
@@ -333,16 +366,19 @@ def _open_rows(reference: str, form: Form, classes: int | None) -> Rows:
 
 
 def rows_of(reference: str, table: Any, column: str | None, form: Form, classes: int | None) -> Rows:
-    """Choose the columns of a data set: images from `column`, or "image", or the only one that holds images.
+    """Choose the columns of a data set.
 
-    Arguments and errors are those of `open_records`.
+    Images are those of `column`, or of "image", or of the only column that holds images; "A,B" names the column of the
+    sources and that of the targets. Other arguments and errors are those of `open_data_set`.
     """
     kinds = {name: type(feature).__name__ for name, feature in table.features.items()}
     pictures = [name for name, kind in kinds.items() if kind == "Image"]
     column = column or ("image" if "image" in pictures else pictures[0] if len(pictures) == 1 else "")
-    if column not in pictures:
+    chosen = [column] if column in pictures else column.split(",")
+    if not set(chosen) <= set(pictures) or len(chosen) > 2:
         raise UsageError(
-            f"--data {reference}: choose its column of images by #COLUMN: it has {', '.join(pictures) or 'none'}"
+            f"--data {reference}: choose its column of images by #COLUMN: it has {', '.join(pictures) or 'none'} "
+            "(#SOURCE,TARGET for pairs)"
         )
     labels = list[int]()
     if classes:
@@ -350,18 +386,16 @@ def rows_of(reference: str, table: Any, column: str | None, form: Form, classes:
         if len(named) != 1:
             raise UsageError(f"--data {reference}: expected one column of classes, found {', '.join(named) or 'none'}")
         labels = [int(label) for label in table[named[0]]]
-        _check_classes(f"--data {reference}", labels, classes)
-    return Rows(reference, table, column, form, labels)
+        check_classes(f"--data {reference}", labels, classes)
+    forms = _forms(form, len(chosen) == 2)
+    last = {SOURCE: chosen[0], TARGET: chosen[-1]}
+    columns = {side: last[TARGET if form.degradation else side] for side in forms}
+    return Rows(reference, table, columns, forms, labels)
 
 
-def _check_classes(given: str, labels: Sequence[int], classes: int) -> None:
-    if not 0 <= min(labels) <= max(labels) < classes:
-        raise UsageError(f"{given}: classes {min(labels)} … {max(labels)}: the teacher has 0 … {classes - 1}")
-
-
-def _within(file: Path, root: Path) -> str:
-    """Return the path of a file within a folder (`relative_to` is slow for a million files)."""
-    return str(file).removeprefix(str(root)).lstrip(os.sep)
+def within(file: Path, root: Path) -> str:
+    """Return the path of a file within a folder, with `/` (`relative_to` is slow for a million files)."""
+    return str(file).removeprefix(str(root)).lstrip(os.sep).replace(os.sep, "/")
 
 
 def _size(file: Path) -> int:

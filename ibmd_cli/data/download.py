@@ -24,7 +24,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from ibmd_cli import __version__
-from ibmd_cli.data.datasets import read_normals
+from ibmd_cli.data.forms import read_normals
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import FULL, atomic_folder, why
 from ibmd_cli.hub import MB, cache_folder

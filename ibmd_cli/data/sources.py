@@ -1,16 +1,26 @@
-"""Source images for training: batches of what `--data` names, degraded as they are drawn if they are clean."""
+"""Batches of `--data` for training: read, degraded as they are drawn if they are targets, and checked.
 
-from collections.abc import Iterable, Mapping, Sequence
+What is read ahead by worker processes is a matter of speed alone: rows that were not foreseen are read when they are
+asked for. An image that cannot be read gives way to the next one that can, so batches are the same whatever reads them.
+"""
+
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from ibmd_cli.data.datasets import Embedded, Form, Records, open_files, open_records, parse_hf_data
+from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet, Embedded, open_data_set, open_files, parse_hf_data
 from ibmd_cli.data.degradations import check_name, degrade, draw_masks, fill_hole
 from ibmd_cli.data.download import data_folder, data_sets
-from ibmd_cli.data.loading import ATTEMPTS, Batch, Loader, Reader, read_all
+from ibmd_cli.data.forms import Form
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import Streams, stream, uniform
@@ -21,27 +31,176 @@ FEW = 1000
 """While fewer images have been seen, the share of broken ones is of this many, or of all if there are fewer."""
 IN_MEMORY = 1 << 30
 """Sets of at most so many bytes of pixels are read at once and kept."""
+ATTEMPTS = 100
+"""This many images in a row that cannot be read: the disk is gone."""
+BATCHES_AHEAD = 4
+"""For each worker."""
+MOST_WORKERS = 8
+
+
+class Batch(NamedTuple):
+    """Images as they were read.
+
+    Attributes:
+        asked: the rows that were asked for.
+        rows: the rows that are here: others in place of those that cannot be read.
+        pixels: uint8 (len(rows), 3 · S, H, W), of S sides.
+        broken: row → why it cannot be read.
+    """
+
+    asked: list[int]
+    rows: list[int]
+    pixels: Tensor
+    broken: dict[int, str]
+
+
+class Reader(Dataset[Batch]):
+    """Several data sets as one, read batch by batch.
+
+    Args:
+        parts: the data sets.
+        sides: that are read of each item, see `DataSet.read`.
+    """
+
+    def __init__(self, parts: Sequence[DataSet], sides: Sequence[str] = ()) -> None:
+        self.parts, self.sides = parts, sides
+        self.ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def read(self, row: int) -> Tensor:
+        """Return the pixels of one item, or raise the IbmdError of `DataSet.read`."""
+        part = next(i for i, end in enumerate(self.ends) if row < end)
+        return self.parts[part].read(row - self.ends[part] + len(self.parts[part]), *self.sides, alike=True)
+
+    def __getitem__(self, asked: list[int]) -> Batch:
+        """Read a batch; it is shorter than asked if `ATTEMPTS` images in a row cannot be read."""
+        rows, pixels, broken = list[int](), list[Tensor](), dict[int, str]()
+        for row in asked:
+            for attempt in range(ATTEMPTS):
+                other = (row + attempt) % len(self)
+                try:
+                    pixels.append(self.read(other))
+                except IbmdError as error:
+                    broken[other] = str(error)
+                else:
+                    rows.append(other)
+                    break
+        return Batch(asked, rows, torch.stack(pixels) if pixels else torch.empty(0), broken)
+
+
+class Loader:
+    """Batches of a `Reader`, some of them read ahead.
+
+    Args:
+        reader: what reads them.
+        workers: processes that read ahead; 0: none, batches are read when they are asked for.
+        pin: put what is read ahead into memory that a GPU reads from directly.
+        reporter: told if the workers die.
+    """
+
+    def __init__(self, reader: Reader, workers: int, pin: bool, reporter: Reporter) -> None:
+        self.reader, self.workers, self.pin, self.reporter = reader, workers, pin, reporter
+        self.ahead: Iterator[Batch] = iter(())
+        self.next: Batch | None = None
+        self.unforeseen = 0
+
+    def expect(self, batches: Iterable[list[int]]) -> None:
+        """Begin to read batches ahead: `take` will be called for these rows, in this order."""
+        if not self.workers:
+            return
+        loader = DataLoader(
+            self.reader,
+            batch_size=None,  # `batches` are whole ones
+            sampler=batches,
+            num_workers=self.workers,
+            prefetch_factor=BATCHES_AHEAD,
+            pin_memory=self.pin,
+            worker_init_fn=_prepare_worker,
+            multiprocessing_context="spawn",  # a fork of a process with threads and a GPU may hang
+            generator=torch.Generator(),
+        )
+        self.ahead = iter(loader)
+
+    def take(self, rows: list[int]) -> Batch:
+        """Return the images of these rows."""
+        if self.next is None:
+            self.next = self._advance()
+        if self.next is not None and self.next.asked == rows:
+            batch, self.next = self.next, None
+            return batch
+        self.unforeseen += 1
+        return self.reader[rows]
+
+    def close(self) -> None:
+        """End the workers."""
+        self.ahead, self.next = iter(()), None
+
+    def _advance(self) -> Batch | None:
+        try:
+            return next(self.ahead, None)
+        except (RuntimeError, OSError) as error:
+            self.ahead = iter(())
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            self.reporter.warn(
+                f"the processes that read images ended ({said}); this one reads them now, which is slower: is memory "
+                "or /dev/shm full? (--workers N sets their number)"
+            )
+            return None
+
+
+def count_workers(asked: int, processes: int) -> int:
+    """Return the number of workers: as asked, or (−1) what this machine's cores allow beside `processes` trainings."""
+    if asked >= 0:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(MOST_WORKERS, cores // processes - 1))
+
+
+def read_all(reader: Reader, threads: int, reporter: Reporter) -> Batch:
+    """Read all items of a small set, by threads."""
+    count = len(reader)
+    pixels, rows, broken = torch.empty(0, dtype=torch.uint8), list[int](), dict[int, str]()
+    with ThreadPoolExecutor(threads) as pool, reporter.progress("reading images", count, "image") as meter:
+        for row, batch in enumerate(pool.map(lambda row: reader[[row]], range(count))):
+            if batch.rows:
+                if not len(pixels):
+                    pixels = torch.empty(count, *batch.pixels.shape[1:], dtype=torch.uint8)
+                pixels[row] = batch.pixels[0]
+            rows += batch.rows
+            broken |= batch.broken
+            meter.advance()
+    return Batch(list(range(count)), rows, pixels, broken)
+
+
+def _prepare_worker(_: int) -> None:
+    """Leave it to the training process to end the workers: it finishes its step when it is interrupted."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class SourceImages:
-    """Images of one size, of which batches of sources are drawn.
+    """Images of one size, of which batches of sources, or of pairs, are drawn.
 
     A small set is read at once and kept in memory as bytes. Of a larger one, images are read as they are drawn, ahead
     of time by worker processes (`expect`). Batches are the same either way.
 
-    Clean images are kept clean and degraded as they are drawn, with a new mask and new noise each time; only edges,
-    which take long, are found once. An image that cannot be read is named, and the next one takes its place.
+    Targets that sources are made of are degraded as they are drawn, with a new mask and new noise each time; only
+    edges, which take long, are found once. An image that cannot be read is named, and the next one takes its place.
 
     Args:
-        references: see `records.open_records`; or `dataset:NAME`, see `fetching`.
+        references: see `datasets.open_data_set`; or `dataset:NAME`, see `download`.
         teacher: its `config.json`: image size, `source_scale` (true low-resolution sources are fitted to that part of
             the size, and enlarged by repetition of pixels), `mask`, `degradation`, and `classes`.
         reporter: told of images that cannot be read, and of a degradation that is not the teacher's.
         degradation: key of `degradations.DEGRADATIONS`; "" if the images are sources already.
         masks: file of the free-form masks, see `degradations.read_masks`.
-        layout: key of `records.LAYOUTS`.
-        labels: CSV file of classes; "": see `records.open_records`.
+        layout: key of `forms.LAYOUTS`.
+        labels: CSV file of classes; "": see `datasets.open_data_set`.
         workers: processes that read large sets ahead, and threads that read small ones.
+        fit: what becomes of images that are not square, see `forms.Form`.
+        targets: read targets, too, for `pairs`; else they are never opened, unless sources are made of them.
 
     Attributes:
         inputs: reference → what was found, to tell whether it has changed.
@@ -49,7 +208,7 @@ class SourceImages:
     Raises:
         UsageError: the degradation is unknown, or does not go with the teacher, its image size or the images.
         NotAvailable: a folder or the file of masks is absent, a folder holds no image, or see `degrade`.
-        IbmdError: more than 1 % of the images cannot be read (so may `take` and `batch`).
+        IbmdError: more than 1 % of the images cannot be read (so may `take`, `batch` and `pairs`).
     """
 
     def __init__(
@@ -63,27 +222,29 @@ class SourceImages:
         layout: str = "",
         labels: str = "",
         workers: int = 0,
+        fit: str = "published",
+        targets: bool = False,
     ) -> None:
         check_sources(references, teacher, degradation, reporter, layout, labels)
         self.size = int(teacher["image"]["size"])
-        self.degradation, self.masks, self.reporter = degradation, masks, reporter
+        self.degradation, self.masks, self.reporter, self.targets = degradation, masks, reporter, targets
         self.fill = (teacher.get("mask") or {}).get("fill")
         self._degrade(torch.zeros(1, 3, self.size, self.size), stream(0))  # refuses what cannot be, before the work
 
-        form = Form(self.size, layout, degradation, 1 if degradation else teacher["image"].get("source_scale", 1))
-        records = [_open(reference, form, teacher.get("classes"), labels) for reference in references]
-        self.inputs = {part.name: f"{len(part)} images, sha256 {part.digest}" for part in records}
-        classes = [n for part in records for n in part.labels]
+        self.parts = open_data(references, teacher, degradation, layout, labels, fit, targets)
+        self.inputs = {part.name: f"{len(part)} images, sha256 {part.digest}" for part in self.parts}
+        classes = [n for part in self.parts for n in part.labels]
         self.labels = torch.tensor(classes) if classes else None
-        self.reader = Reader(records)
+        both = targets and degradation in ("", "edges")
+        self.reader = Reader(self.parts, (SOURCE, TARGET) if both else ())
         self.pixels = torch.empty(0)
         self.loader: Loader | None = None
         self.seen, self.broken = torch.zeros(len(self), dtype=torch.bool), dict[int, str]()
-        if isinstance(records[0], Embedded) and len(records) == 1:
-            self.pixels = records[0].pixels
-        elif degradation == "edges" or 3 * self.size**2 * len(self) <= IN_MEMORY:
+        if isinstance(self.parts[0], Embedded) and len(self.parts) == 1:
+            self.pixels = self.parts[0].pixels[SOURCE]
+        elif degradation == "edges" or 3 * (1 + both) * self.size**2 * len(self) <= IN_MEMORY:
             threads = 1 if degradation == "edges" else max(1, workers)  # the network for edges has threads of its own
-            batch = self._checked(read_all(self.reader, self.size, threads, reporter))
+            batch = self._checked(read_all(self.reader, threads, reporter))
             self.pixels = batch.pixels
             if self.labels is not None:
                 self.labels = self.labels[batch.rows]
@@ -93,27 +254,39 @@ class SourceImages:
     def __len__(self) -> int:
         return len(self.reader)
 
+    def describe(self) -> list[str]:
+        """Say of each reference what was taken, and what is not used."""
+        return describe(self.parts, self.degradation, self.targets)
+
     def take(self, rows: Sequence[int], rng: Streams, device: torch.device | str = "cpu") -> Sources:
         """Return sources by their numbers, float32 (len(rows), 3, H, W).
 
         They are in [-1, 1], except where a degradation goes beyond or noise fills a hole.
         """
         x, label = self._images(rows, device)
-        return self._degrade(x, rng)._replace(label=label)
+        return self._degrade(x[:, :3], rng)._replace(label=label)
 
     def batch(self, size: int, rng: Streams, flip: bool, device: torch.device | str = "cpu") -> Sources:
         """Draw sources at random as `take` returns them, mirrored at random (before they are degraded) if `flip`."""
+        return self.pairs(size, rng, flip, device)[0]
+
+    def pairs(self, size: int, rng: Streams, flip: bool, device: torch.device | str = "cpu") -> tuple[Sources, Tensor]:
+        """Draw sources as `batch` does, and return them with their targets, float32 (size, 3, H, W) in [-1, 1].
+
+        Without `targets`, the second is what the sources were made of: the sources themselves, unless degraded.
+        """
         rows = self._draw(size, rng)
-        mirrored = uniform(size, rng)[:, None, None, None].to(device) < (0.5 if flip else 0.0)
+        mirrored = (uniform(size, rng) < (0.5 if flip else 0.0)).to(device)[:, None, None, None]
         x, label = self._images(rows, device)
-        return self._degrade(torch.where(mirrored, x.flip(3), x), rng)._replace(label=label)
+        x = torch.where(mirrored, x.flip(3), x)
+        return self._degrade(x[:, :3], rng)._replace(label=label), x[:, -3:]
 
     def expect(self, size: int, streams: Iterable[Streams]) -> None:
-        """Have images read ahead for the coming calls of `batch`.
+        """Have images read ahead for the coming calls of `batch` or `pairs`.
 
         Args:
             size: of the batches.
-            streams: copies of the random streams that `batch` will be called with, in the order of the calls.
+            streams: copies of the random streams that they will be called with, in the order of the calls.
         """
         if self.loader:
             self.loader.expect(self._draw(size, rng) for rng in streams)
@@ -212,9 +385,30 @@ def _check_reference(reference: str, degradation: str) -> None:
         raise UsageError(f"--degrade {degradation}: --data {reference} are sources already: --degrade none keeps them")
 
 
-def _open(reference: str, form: Form, classes: int | None, labels: str) -> Records:
+def open_data(
+    references: Sequence[str],
+    teacher: Mapping[str, Any],
+    degradation: str = "",
+    layout: str = "",
+    labels: str = "",
+    fit: str = "published",
+    targets: bool = False,
+) -> list[DataSet]:
+    """Find the images of each reference, without reading them; arguments and errors are those of `SourceImages`."""
+    scale = 1 if degradation else teacher["image"].get("source_scale", 1)
+    form = Form(int(teacher["image"]["size"]), layout, degradation, scale, fit)
+    return [_open(reference, form, teacher.get("classes"), labels, targets) for reference in references]
+
+
+def _open(reference: str, form: Form, classes: int | None, labels: str, targets: bool) -> DataSet:
     if not reference.startswith("dataset:"):
-        return open_records(reference, form, classes, labels)
+        return open_data_set(reference, form, classes, labels, targets)
     name = reference.removeprefix("dataset:")
-    own = Form(form.size, data_sets()[name]["layout"], form.degradation, form.scale)
-    return open_files(reference, data_folder(name), own, classes, labels)
+    own = replace(form, layout=data_sets()[name]["layout"])
+    return open_files(reference, data_folder(name), own, classes, labels, targets)
+
+
+def describe(parts: Sequence[DataSet], degradation: str = "", targets: bool = False) -> list[str]:
+    """Say of each data set what is taken for students, or with `targets` for teachers, and what is not used."""
+    used = [TARGET] if degradation else [SOURCE, TARGET] if targets else [SOURCE]
+    return [part.describe(used, degradation) for part in parts]

@@ -301,7 +301,7 @@ def _open(config: EvalConfig, protocol: Protocol | None, data: str, entries: lis
         masks=config.masks,
         labels=config.labels,
         layout=protocol.layout if protocol and side_by_side and config.degrade is None else "",
-        crop=config.fit == "crop",
+        fit=config.fit,
         seed=config.seed,
     )
 

@@ -22,8 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from ibmd_cli import __version__
-from ibmd_cli.data.loading import count_workers
-from ibmd_cli.data.sources import SourceImages
+from ibmd_cli.data.sources import SourceImages, count_workers
 from ibmd_cli.devices import forget_peak, free_memory, peak_memory, tune
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file
@@ -102,6 +101,8 @@ def distill(
         config.data, teacher.config, reporter, degradation, config.masks,
         layout=config.layout, labels=config.labels, workers=workers,
     )  # fmt: skip
+    for line in sources.describe():
+        reporter.note(line)
     student = _new_student(config, teacher)
     inputs = {config.teacher: f"sha256 {student.config['teacher']['sha256']}", **sources.inputs}
     hold = open_run(out, config, origins, resume, accelerator.num_processes, inputs)

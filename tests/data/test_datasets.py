@@ -13,8 +13,9 @@ import torch
 from hubserver import File, HubServer, Repo
 from PIL import Image
 
-from ibmd_cli.data.datasets import Form, open_records, read_normals, rows_of
+from ibmd_cli.data.datasets import open_data_set, rows_of
 from ibmd_cli.data.embedded import embedded_pairs, enlarge
+from ibmd_cli.data.forms import Form, read_normals
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.images.fit import to_uint8
 
@@ -40,13 +41,13 @@ def test_halves_of_pairs_are_scaled_by_a_bicubic_filter(layout: str, side: int, 
     pair = Image.new("RGB", (257, 128))  # an odd width: the middle column is the right one's
     pair.paste(a, (0, 0))
     pair.paste(b, (128, 0))
-    records = open_records(str(save(pair, tmp_path / "pairs" / "1_AB.png")), Form(SIZE, layout), None)
+    records = open_data_set(str(save(pair, tmp_path / "pairs" / "1_AB.png")), Form(SIZE, layout), None)
     half = pair.crop([(0, 0, 128, 128), (128, 0, 257, 128)][side])
     assert torch.equal(records.read(0), to_uint8(half.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
 
 
 def test_a_single_picture_is_no_pair(tmp_path: Path):
-    records = open_records(str(save(Image.new("RGB", (8, 9)), tmp_path / "a.png")), Form(SIZE, "ab"), None)
+    records = open_data_set(str(save(Image.new("RGB", (8, 9)), tmp_path / "a.png")), Form(SIZE, "ab"), None)
     with pytest.raises(IbmdError, match=r"a\.png: 8×9 pixels: expected two pictures side by side"):
         records.read(0)
 
@@ -90,7 +91,7 @@ def test_normal_maps_are_found_among_other_files(tmp_path: Path):
     save(Image.new("RGB", (24, 24), "red"), tmp_path / "a_normal.png")  # the numbers of a are there, too
     save(Image.new("RGB", (24, 24), "red"), tmp_path / "a.png")
     np.save(tmp_path / "a_depth.npy", np.zeros((3, 3)))
-    records = open_records(str(tmp_path), Form(SIZE, "normals"), None)
+    records = open_data_set(str(tmp_path), Form(SIZE, "normals"), None)
     assert len(records) == 2
     assert torch.equal(records.read(0), records.read(1))
     assert torch.equal(records.read(0), to_uint8(picture_of_b))
@@ -107,16 +108,16 @@ def test_normal_maps_are_found_among_other_files(tmp_path: Path):
 def test_arrays_that_are_no_normals(content: np.ndarray, message: str, tmp_path: Path):
     np.save(tmp_path / "x_normal.npy", content)
     with pytest.raises(IbmdError, match=message):
-        open_records(str(tmp_path), Form(SIZE, "normals"), None).read(0)
+        open_data_set(str(tmp_path), Form(SIZE, "normals"), None).read(0)
     (tmp_path / "x_normal.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(IbmdError, match="no file of NumPy"):
-        open_records(str(tmp_path), Form(SIZE, "normals"), None).read(0)
+        open_data_set(str(tmp_path), Form(SIZE, "normals"), None).read(0)
 
 
 def test_folder_without_normals(tmp_path: Path):
     save(Image.new("RGB", (24, 24)), tmp_path / "a.png")
     with pytest.raises(NotAvailable, match=r"no surface normals \(\*_normal\.npy, \*_normal\.png\) in it"):
-        open_records(str(tmp_path), Form(SIZE, "normals"), None)
+        open_data_set(str(tmp_path), Form(SIZE, "normals"), None)
 
 
 # ------------------------------------------------------------------------------------------------------- classes
@@ -132,22 +133,22 @@ def three(tmp_path: Path) -> Path:
 def test_classes_from_a_file(three: Path, tmp_path: Path):
     file = tmp_path / "classes.csv"
     file.write_text(f'x/a.png,7\n"x/b.png",0\n{three}/y/a.png,9\nother.png,1\n')
-    assert open_records(str(three), Form(SIZE), 10, str(file)).labels == [7, 0, 9]
+    assert open_data_set(str(three), Form(SIZE), 10, str(file)).labels == [7, 0, 9]
     with pytest.raises(UsageError, match=r"--labels .*: classes 0 … 9: the teacher has 0 … 8"):
-        open_records(str(three), Form(SIZE), 9, str(file))
+        open_data_set(str(three), Form(SIZE), 9, str(file))
     file.write_text("x/a.png,7\n")
     with pytest.raises(IbmdError, match=r"x/b\.png: no class for it in .*classes\.csv"):
-        open_records(str(three), Form(SIZE), 10, str(file))
+        open_data_set(str(three), Form(SIZE), 10, str(file))
     file.write_text("x/a.png,seven\n")
     with pytest.raises(UsageError, match=r"--labels .*: expected lines PATH,CLASS"):
-        open_records(str(three), Form(SIZE), 10, str(file))
+        open_data_set(str(three), Form(SIZE), 10, str(file))
     with pytest.raises(UsageError, match=r"--labels .*: cannot be read"):
-        open_records(str(three), Form(SIZE), 10, str(tmp_path / "absent.csv"))
+        open_data_set(str(three), Form(SIZE), 10, str(tmp_path / "absent.csv"))
 
 
 def test_digest_tells_names_and_sizes_not_the_place(three: Path, tmp_path: Path):
     def digest(folder: Path) -> str:
-        return open_records(str(folder), Form(SIZE), None).digest
+        return open_data_set(str(folder), Form(SIZE), None).digest
 
     before = digest(three)
     three = three.rename(tmp_path / "elsewhere")
@@ -166,7 +167,7 @@ def test_digest_tells_names_and_sizes_not_the_place(three: Path, tmp_path: Path)
 @pytest.mark.parametrize("reference", ["hf://datasets/name", "hf://datasets/", "hf://owner/name"])
 def test_references_of_data_sets(reference: str):
     with pytest.raises(UsageError, match="expected hf://datasets/OWNER/NAME"):
-        open_records(reference, Form(SIZE), None)
+        open_data_set(reference, Form(SIZE), None)
 
 
 needs_datasets = pytest.mark.skipif(not find_spec("datasets"), reason="needs the extra 'datasets'")
@@ -175,7 +176,7 @@ needs_datasets = pytest.mark.skipif(not find_spec("datasets"), reason="needs the
 @pytest.mark.skipif(bool(find_spec("datasets")), reason="the extra 'datasets' is installed")
 def test_data_sets_without_their_library():
     with pytest.raises(NotAvailable, match=r"pip install 'ibmd-cli\[datasets\]'"):
-        open_records("hf://datasets/owner/name", Form(SIZE), None)
+        open_data_set("hf://datasets/owner/name", Form(SIZE), None)
 
 
 def table(tmp_path: Path, **columns: str):
@@ -278,4 +279,4 @@ def test_a_folder_that_the_library_would_take_for_the_data_set(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     save(picture(0), tmp_path / "owner" / "name" / "a.png")
     with pytest.raises(UsageError, match="the folder owner/name is here, and would be read instead"):
-        open_records("hf://datasets/owner/name", Form(SIZE), None)
+        open_data_set("hf://datasets/owner/name", Form(SIZE), None)

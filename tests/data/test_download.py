@@ -24,9 +24,9 @@ from distilling import distill
 from PIL import Image
 
 from ibmd_cli.data import download
-from ibmd_cli.data.datasets import LAYOUTS, Form, read_normals
 from ibmd_cli.data.download import data_folder, data_sets, fetch, to_fetch, unpack
 from ibmd_cli.data.embedded import embedded_pairs, embedded_sources
+from ibmd_cli.data.forms import LAYOUTS, Form, read_normals
 from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.models.catalogue import published

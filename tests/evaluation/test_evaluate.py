@@ -478,7 +478,7 @@ def test_protocol_reads_pairs_side_by_side_and_says_what_it_leaves_out(tmp_path:
 
 def test_sources_are_made_of_clean_images_as_asked(pairs: Path):
     config = load_model("builtin:outline2emoji", "student").config
-    options = {"masks": "", "labels": "", "layout": "", "crop": False, "seed": 0}
+    options = {"masks": "", "labels": "", "layout": "", "fit": "none", "seed": 0}
     made = open_pairs(str(pairs / "target"), config, degrade="jpeg-10", **options)
     batch = made.read([3, 4])
     assert torch.equal(batch.sources.x_T, degrade(floats(batch.truth), "jpeg-10"))
@@ -618,7 +618,7 @@ def test_accuracy_is_by_the_true_class_and_agreement_by_the_target(tmp_path: Pat
             Image.new("RGB", (32, 32), (level,) * 3).save(tmp_path / label / f"{i}.png")
     config = {**load_model("builtin:outline2emoji", "student").config, "classes": 2}
     batch = open_pairs(
-        str(tmp_path), config, degrade="jpeg-10", masks="", labels="", layout="", crop=False, seed=0
+        str(tmp_path), config, degrade="jpeg-10", masks="", labels="", layout="", fit="none", seed=0
     ).read(range(6))
     assert batch.sources.label.tolist() == [0, 0, 0, 1, 1, 1]
     dark = torch.zeros(1, 2, 6, 3, 32, 32, dtype=torch.uint8)  # one seed, two draws
