@@ -20,7 +20,7 @@ from train_teacher import TASKS, Pairs
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
-from ibmd_cli.metrics.scores import diversity, energy_score, estimate, resamples
+from ibmd_cli.metrics.scores import diversity, energy_score, estimate
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.model import Student, Teacher
 
@@ -52,7 +52,7 @@ def measure(model: Student | Teacher, nfe: int, x_T: Tensor, x_0: Tensor, names:
         draws.append(torch.cat(parts))
     seconds = (time.perf_counter() - began) / (SAMPLES * len(names))
     samples = (torch.stack(draws) * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1  # as saved images
-    score = estimate(energy_score(samples, x_0, pool), resamples(len(names), 2000, stream(0, "bootstrap")))
+    score = estimate(energy_score(samples, x_0, pool))
     spread = float(diversity(samples).mean())
     return f"{score.value:6.2f} [{score.low:.2f},{score.high:.2f}]  {spread:9.3f}  {1000 * seconds:8.2f}"
 

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ibmd_cli.files import assets
+from ibmd_cli.reporting import counted
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -44,6 +45,7 @@ def _environment() -> "Environment":
     )
     environment.globals |= {"left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH, "height": HEIGHT}
     environment.globals["asset"] = lambda name: Markup(asset(name))  # noqa: S704 (our own style sheets and scripts)
+    environment.globals["counted"] = counted
     environment.filters |= {"typeset": typeset, "short": short, "px": "{:.1f}".format}
     return environment
 

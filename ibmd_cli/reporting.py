@@ -23,6 +23,11 @@ def is_plain(stream: TextIO | None = None) -> bool:
     return asked or stream is None or not stream.isatty()  # None: closed
 
 
+def counted(count: int, noun: str) -> str:
+    """Write a number of things: "1 pair", "1,234 pairs", "2 processes"."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 class Reporter:
     """Notes, warnings and progress of one command.
 

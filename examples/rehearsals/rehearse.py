@@ -311,16 +311,19 @@ def evaluate(name: str, args: argparse.Namespace) -> None:
         model: torch.stack([translate_all(f, photos, rows, model, draw) for draw in range(SAMPLES)])
         for model, f in models.items()
     }
-    weights = scores.resamples(len(names), scores.RESAMPLES, stream(0, "bootstrap")).repeat_interleave(
-        args.per_photo, 1
-    )
+
+    def estimate(terms: Tensor) -> dict[str, Any]:
+        """Estimate a mean over photos: the squares of one photo are not independent."""
+        each = scores.pseudo_values(terms) if terms.ndim == 2 else terms
+        return scores.estimate(each.unflatten(0, (-1, args.per_photo)).mean(1))._asdict()
+
     terms = {model: score(x, truth, hole=source.mask is not None) for model, x in samples.items()}
     result: dict[str, Any] = {"row": name, "nfe": row.nfe, "photos": len(names), "squares": len(rows)}
     for measure in terms["student"]:
-        result[measure] = {m: scores.estimate(terms[m][measure], weights)._asdict() for m in models}
+        result[measure] = {m: estimate(terms[m][measure]) for m in models}
         for model in ("teacher1", "teacher10"):
             difference = terms["student"][measure] - terms[model][measure]
-            result[measure][f"student − {model}"] = scores.estimate(difference, weights)._asdict()
+            result[measure][f"student − {model}"] = estimate(difference)
     log = [json.loads(line) for line in (args.out / name / "scores.jsonl").read_text().splitlines()]
     result["steps"] = log[-1]["step"]
     picks = torch.linspace(0, len(rows) - 1, SHOWN + 2)[1:-1].round().long()

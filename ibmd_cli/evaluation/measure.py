@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import shutil
 import time
 from collections import defaultdict
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from ibmd_cli.metrics import scores
 from ibmd_cli.metrics.features import Network, Seen, enlarged
 from ibmd_cli.metrics.scores import METRICS
 from ibmd_cli.models.model import Student, Teacher
-from ibmd_cli.reporting import Reporter
+from ibmd_cli.reporting import Meter, Reporter, counted
 
 PIXELS = {"psnr": scores.psnr, "ssim": scores.ssim, "mse": scores.mse}
 """Paired scores of pixels: samples (m, B, C, H, W), truth (B, C, H, W) → (B,)."""
@@ -138,46 +140,75 @@ def measure(
     calls = sum(entry.samples * entry.nfe for entry in entries) * measurement.seeds
     done = sum(len(batches[i]) for i in share) - sum(len(batches[i]) for i in todo)
     if done:
-        reporter.note(f"{done} pairs were measured before: continuing")
-    peaks: dict[int, float] = {}
+        reporter.note(f"{counted(done, 'pair')} measured before: continuing")
+    peaks: list[float] = []
     with reporter.progress("evaluating", calls * sum(len(batches[i]) for i in share), "call", calls * done) as meter:
         for i in todo:
             batch = pairs.read(batches[i])
-            if not peaks:  # the first call of a network is slower: not timed
-                peaks = _peaks(entries, batch, measurement, device)
+            peaks = peaks or _peaks(entries, batch, measurement, device)
+            drawn, seconds = _take_turns(i, entries, batch, measurement, device, meter)
             part: dict[str, Tensor] = {}
-            drawn = []
-            for k, entry in enumerate(entries):
-                seconds, images = [], []
-                for number in range(measurement.seeds):
-                    draws = []
-                    for draw in range(entry.samples):
-                        began = time.perf_counter()
-                        draws.append(measurement.translate(entry, batch, device, number, draw))
-                        seconds.append((time.perf_counter() - began) / len(batch.names))
-                        meter.advance(len(batch.names) * entry.nfe)
-                    images.append(torch.stack(draws))
-                drawn.append(torch.stack(images))
-                part[f"{k}.seconds"] = torch.tensor(seconds, dtype=torch.float64)
-                part[f"{k}.peak"] = torch.tensor([peaks[id(entry.model)]], dtype=torch.float64)
+            for k, peak in enumerate(peaks):
+                part[f"{k}.seconds"] = torch.tensor(seconds[k], dtype=torch.float64)
+                part[f"{k}.peak"] = torch.tensor([peak], dtype=torch.float64)
             part |= _compare_pixels(drawn, batch.truth, measurement)
             for name, network in networks.items():
                 part |= _look(name, network, drawn, batch, measurement)
             parts.write(i, part)
 
 
-def _peaks(entries: list[Entry], batch: Batch, measurement: Measurement, device: torch.device) -> dict[int, float]:
-    """Call each model once, and return the MiB that it took: its weights, and the peak above what there was before."""
-    peaks = {}
-    for entry in {id(e.model): e for e in reversed(entries)}.values():
+def turns(count: int, number: int) -> list[int]:
+    """Return the order of `count` models in round `number`: rotated every second round, reversed every other.
+
+    So in 2 · `count` rounds each model stands twice at each position, and neighbours come equally often before and
+    after each other.
+    """
+    order = [(k + number // 2) % count for k in range(count)]
+    return order[::-1] if number % 2 else order
+
+
+def _take_turns(
+    number: int, entries: list[Entry], batch: Batch, measurement: Measurement, device: torch.device, meter: Meter
+) -> tuple[list[Tensor], list[list[float]]]:
+    """Draw all samples of a batch: one of each entry in turn, then the next of each.
+
+    Returns:
+        For each entry its samples, uint8 (S, m, B, 3, H, W), and the seconds per image of each call.
+    """
+    drawn: list[list[Tensor]] = [[] for _ in entries]
+    seconds: list[list[float]] = [[] for _ in entries]
+    most = max(entry.samples for entry in entries)
+    for seed, draw in product(range(measurement.seeds), range(most)):
+        for k in turns(len(entries), (number * measurement.seeds + seed) * most + draw):
+            if draw < entries[k].samples:
+                began = time.perf_counter()
+                drawn[k].append(measurement.translate(entries[k], batch, device, seed, draw))
+                seconds[k].append((time.perf_counter() - began) / len(batch.names))
+                meter.advance(len(batch.names) * entries[k].nfe)
+    return [torch.stack(images).unflatten(0, (measurement.seeds, -1)) for images in drawn], seconds
+
+
+def _peaks(entries: list[Entry], batch: Batch, measurement: Measurement, device: torch.device) -> list[float]:
+    """Call every entry once, so that no first call is measured; then measure the memory of each.
+
+    Returns:
+        MiB of the model of each entry: its weights, and the peak of a call above what the process held before. The
+        lesser of two calls, in opposite orders, because what else the process does at the time only adds to it.
+    """
+    for entry in entries:
+        measurement.translate(entry, batch, device, 0, 0)
+    models = list({id(entry.model): entry for entry in reversed(entries)}.values())  # each at its fewest calls
+    peaks = dict.fromkeys((id(entry.model) for entry in entries), math.inf)
+    for entry in (*models, *reversed(models)):
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system: else it would hide the peak
         forget_peak(device)
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
         measurement.translate(entry, batch, device, 0, 0)
         weights = sum(p.numel() * p.element_size() for p in entry.model.predictor.parameters())
-        peaks[id(entry.model)] = (max(0, peak_memory(device) - held) + weights) / 2**20
-    return peaks
+        peak = (max(0, peak_memory(device) - held) + weights) / 2**20
+        peaks[id(entry.model)] = min(peaks[id(entry.model)], peak)
+    return [peaks[id(entry.model)] for entry in entries]
 
 
 def _compare_pixels(drawn: list[Tensor], truth: Tensor, how: Measurement) -> dict[str, Tensor]:

@@ -92,20 +92,26 @@ def _facts(results: Data, gap: Data) -> dict[str, str]:
     name = tables.leading(results)
     assert name is not None
     metric, row, teacher = results["metrics"][name], results["rows"][gap["row"]], results["rows"][gap["against"]]
+    facts = {}
+    if ratio := tables.resolved(gap):
+        what = "speed" if ratio > 1 else "time"
+        spread = gap["speed_up_range"] if ratio > 1 else [1 / end for end in gap["speed_up_range"][::-1]]
+        facts[f"the {what} of the {tables.named(teacher)} ({tables.between(spread)})"] = (
+            f"{tables.rounded(max(ratio, 1 / ratio))}×"
+        )
+    same = row["nfe"] == teacher["nfe"]
+    facts["per image, as the teacher" if same else f"per image, instead of {teacher['nfe']} NFE"] = f"{row['nfe']} NFE"
+    took, instead = (tables.rounded(one["ms_per_image"]) for one in (row, teacher))
+    facts["per image" + (f", instead of {instead} ms" if ratio else "")] = f"{took} ms"
     bounds = tables.interval(gap[name], metric, "+")
-    return {
-        f"the speed of the {tables.named(teacher)}": f"{gap['speed_up']:.3g}×",
-        f"per image, instead of {teacher['nfe']} NFE": f"{row['nfe']} NFE",
-        f"per image, instead of {teacher['ms_per_image']:.3g} ms": f"{row['ms_per_image']:.3g} ms",
-        f"{tables.heading(metric)} minus the teacher's" + (f", 95 % interval {bounds}" if bounds else ""): (
-            tables.number(gap[name]["value"], metric, "+")
-        ),
-    }
+    words = f"{tables.heading(metric)} minus the teacher's" + (f", 95 % interval {bounds}" if bounds else "")
+    return facts | {words: tables.number(gap[name]["value"], metric, "+")}
 
 
 def _notes(results: Data) -> Iterator[str]:
     """Yield what one has to know to read the table."""
-    yield "↓ lower is better, ↑ higher is better. The best of a row is bold; below a value is its 95 % interval."
+    yield "↓ lower is better, ↑ higher is better. The best of a row is bold."
+    yield f"Below a value: {tables.intervals(results)}"
     yield from tables.legend(results)
     if results["floor"]:
         yield (

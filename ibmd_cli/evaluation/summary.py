@@ -18,29 +18,10 @@ from ibmd_cli.images.decode import shown
 from ibmd_cli.method.noise import stream
 from ibmd_cli.metrics.distances import Moments, frechet, frechet_terms, inception_score, kid_blocks, kid_floor, moments
 from ibmd_cli.metrics.features import Network
-from ibmd_cli.metrics.scores import KID_IMAGES, METRICS, RESAMPLES, Estimate, estimate, resamples
+from ibmd_cli.metrics.scores import FEWEST, HALVINGS, KID_IMAGES, METRICS, Estimate, estimate
+from ibmd_cli.reporting import counted
 
-MOST_WEIGHTS = 20_000_000
-"""Of the bootstrap: fewer resamples are drawn of many images."""
 FRECHET = ("fid", "fd_efflite0")
-
-
-class Bootstrap:
-    """The resamples, the same for all scores of as many terms, so that differences are of the same images."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.weights: dict[int, Tensor] = {}
-
-    def __call__(self, terms: Tensor) -> Estimate:
-        """Estimate the mean of terms; without an interval if there are fewer than three."""
-        n = len(terms)
-        if n < 3:
-            return Estimate(float(terms.mean()))
-        if n not in self.weights:
-            repeats = max(200, min(RESAMPLES, MOST_WEIGHTS // n))
-            self.weights[n] = resamples(n, repeats, stream(self.seed, "bootstrap"))
-        return estimate(terms, self.weights[n])
 
 
 def summarise(
@@ -68,28 +49,10 @@ def summarise(
     Returns:
         The content of results.json, without `shown`; and the score of each image, `ROW.METRIC` → (N,).
     """
-    bootstrap = Bootstrap(measurement.seed)
     settings = context["settings"]
-    laws: dict[str, Moments] = {}
-    terms = [_terms(k, measurement, parts, reference, laws) for k in range(len(entries))]
-    rows = []
-    for k, (entry, scores) in enumerate(zip(entries, terms, strict=True)):
-        milliseconds = 1000 * statistics.median(parts.read(f"{k}.seconds").tolist())
-        rows.append(
-            {
-                "model": entry.kind,
-                "label": entry.label,
-                "reference": entry.reference,
-                "sha256": entry.sha256,
-                "nfe": entry.nfe,
-                "samples": entry.samples,
-                **{name: _score(values, bootstrap) for name, values in scores.items()},
-                "ms_per_image": milliseconds,
-                "images_per_second": 1000 / milliseconds,
-                "peak_mib": float(parts.read(f"{k}.peak").max()),
-                "parameters": sum(p.numel() for p in entry.model.predictor.parameters()),
-            }
-        )
+    targets: dict[str, Moments] = {}
+    terms = [_terms(k, measurement, parts, reference, targets) for k in range(len(entries))]
+    rows = [_row(k, entry, scores, parts) for k, (entry, scores) in enumerate(zip(entries, terms, strict=True))]
     reference_path = settings["reference"]
     cautions = protocols.cautions(
         measurement.metrics,
@@ -106,8 +69,8 @@ def summarise(
         "metrics": {name: _shown(name, cautions[name]) for name in measurement.metrics},
         "protocol": _protocol_texts(measurement, networks, settings, protocol),
         "rows": rows,
-        "differences": _differences(rows, terms, bootstrap),
-        "floor": _floors(measurement, parts, bootstrap),
+        "differences": _differences(rows, terms),
+        "floor": _floors(measurement, parts),
         "shown_by": None,
         "shown": [],
     }
@@ -120,10 +83,38 @@ def summarise(
     return results, paired
 
 
+def _row(k: int, entry: Entry, scores: Mapping[str, list[Tensor]], parts: Parts) -> dict[str, Any]:
+    """Return what is told of an entry: what it is, its scores, and what it costs."""
+    calls = 1000 * parts.read(f"{k}.seconds")
+    milliseconds = statistics.median(calls.tolist())
+    return {
+        "model": entry.kind,
+        "label": entry.label,
+        "reference": entry.reference,
+        "sha256": entry.sha256,
+        "nfe": entry.nfe,
+        "samples": entry.samples,
+        **{name: _score(name, values) for name, values in scores.items()},
+        "ms_per_image": milliseconds,
+        "ms_range": _range(calls),
+        "images_per_second": 1000 / milliseconds,
+        "peak_mib": float(parts.read(f"{k}.peak").max()),
+        "parameters": sum(p.numel() for p in entry.model.predictor.parameters()),
+    }
+
+
+def _range(calls: Tensor) -> list[float] | None:
+    """Return between which values timed calls lie: the middle 80 %, all of fewer than ten; None of fewer than three."""
+    if len(calls) < 3:
+        return None
+    ends = [0.1, 0.9] if len(calls) >= 10 else [0, 1]
+    return list(calls.quantile(torch.tensor(ends, dtype=calls.dtype)).tolist())
+
+
 def _terms(
-    k: int, measurement: Measurement, parts: Parts, reference: Moments | None, laws: dict[str, Moments]
+    k: int, measurement: Measurement, parts: Parts, reference: Moments | None, targets: dict[str, Moments]
 ) -> dict[str, list[Tensor]]:
-    """Return the terms of each score of an entry, one tensor for each seed; `laws` keeps the targets' moments."""
+    """Return the terms of each score of an entry, one tensor for each seed; `targets` keeps the targets' moments."""
     found: dict[str, list[Tensor]] = {}
     for name in measurement.metrics:
         metric = METRICS[name]
@@ -133,7 +124,7 @@ def _terms(
             logits = parts.read(f"{k}.{metric.network}.logits")
             found[name] = [torch.tensor([inception_score(x) for x in draws]).mean(0, True) for draws in logits]
         elif name in FRECHET:
-            found[name] = _frechet(k, metric.network, parts, reference if name == "fid" else None, laws)
+            found[name] = _frechet(k, metric.network, parts, reference if name == "fid" else None, targets)
         else:
             features = parts.read(f"{k}.{metric.network}.features")
             truth = parts.read(f"truth.{metric.network}.features")
@@ -141,26 +132,42 @@ def _terms(
     return found
 
 
-def _frechet(k: int, network: str, parts: Parts, reference: Moments | None, laws: dict[str, Moments]) -> list[Tensor]:
+def _frechet(
+    k: int, network: str, parts: Parts, reference: Moments | None, targets: dict[str, Moments]
+) -> list[Tensor]:
     truth = None if reference else parts.read(f"truth.{network}.features")
-    if truth is not None and network not in laws:
-        laws[network] = moments([truth])
-    law = reference or laws[network]
+    if truth is not None and network not in targets:
+        targets[network] = moments([truth])
+    expected = reference or targets[network]
     by_seed = []
     for draws in parts.read(f"{k}.{network}.features"):
-        by_seed.append(torch.stack([frechet_terms(x, moments([x]), law, truth) for x in draws]).mean(0))
+        by_seed.append(torch.stack([frechet_terms(x, moments([x]), expected, truth) for x in draws]).mean(0))
     return by_seed
 
 
-def _score(by_seed: list[Tensor], bootstrap: Bootstrap) -> dict[str, float | None]:
+def _estimate(name: str, terms: Tensor) -> dict[str, float | None]:
+    """Estimate a score; the ends of its interval lie within the range of its values."""
+    metric, found = METRICS[name], estimate(terms, METRICS[name].ends)
+    if found.low is None or found.high is None:
+        return found._asdict()
+    return {"value": found.value, "low": max(found.low, metric.least), "high": min(found.high, metric.most)}
+
+
+def _score(name: str, by_seed: list[Tensor]) -> dict[str, float | None]:
     """Average over seeds: the interval is that of the images, the deviation that of the seeds."""
-    score: dict[str, float | None] = bootstrap(torch.stack(by_seed).mean(0))._asdict()
+    score = _estimate(name, torch.stack(by_seed).mean(0))
     if len(by_seed) > 1:
-        score["deviation"] = statistics.stdev(bootstrap(values).value for values in by_seed)
+        score["deviation"] = statistics.stdev(estimate(values).value for values in by_seed)
     return score
 
 
-def _differences(rows: list[dict[str, Any]], terms: list[dict[str, list[Tensor]]], bootstrap: Bootstrap) -> list[Any]:
+def _difference(name: str, gap: Tensor) -> dict[str, float | None]:
+    """Estimate the difference of two scores, from the differences of their terms."""
+    ends = METRICS[name].ends
+    return estimate(gap, (ends[0] - ends[1], ends[1] - ends[0]) if ends else None)._asdict()
+
+
+def _differences(rows: list[dict[str, Any]], terms: list[dict[str, list[Tensor]]]) -> list[dict[str, Any]]:
     """Compare each student with the teacher at each number of calls, then students with each other."""
     students = [k for k, row in enumerate(rows) if row["model"] == "student"]
     teachers = [k for k, row in enumerate(rows) if row["model"] == "teacher"]
@@ -175,15 +182,21 @@ def _differences(rows: list[dict[str, Any]], terms: list[dict[str, list[Tensor]]
                 "row": i,
                 "against": k,
                 **({"teacher_nfe": other["nfe"]} if k in teachers else {}),
-                **{name: bootstrap(values - means[1][name])._asdict() for name, values in means[0].items()},
+                **{name: _difference(name, values - means[1][name]) for name, values in means[0].items()},
                 "diversity_ratio": mine["diversity"]["value"] / spread if spread else None,
                 "speed_up": other["ms_per_image"] / mine["ms_per_image"],
+                "speed_up_range": _ratios(other["ms_range"], mine["ms_range"]),
             }
         )
     return differences
 
 
-def _floors(measurement: Measurement, parts: Parts, bootstrap: Bootstrap) -> dict[str, Any]:
+def _ratios(above: list[float] | None, below: list[float] | None) -> list[float] | None:
+    """Return between which values the ratio of two times lies, given between which values they lie."""
+    return [above[0] / below[1], above[1] / below[0]] if above and below else None
+
+
+def _floors(measurement: Measurement, parts: Parts) -> dict[str, Any]:
     """Return what real images score: halves of the targets against each other, or a target against another one."""
     floors: dict[str, Any] = {}
     keys = parts.keys()
@@ -191,7 +204,7 @@ def _floors(measurement: Measurement, parts: Parts, bootstrap: Bootstrap) -> dic
         metric = METRICS[name]
         if f"floor.{name}" in keys:
             unrelated = parts.read(f"floor.{name}")
-            floors[name] = {**bootstrap(unrelated)._asdict(), "images": len(unrelated), "kind": "unrelated"}
+            floors[name] = {**_estimate(name, unrelated), "images": len(unrelated), "kind": "unrelated"}
         elif metric.compares == "features":
             truth = parts.read(f"truth.{metric.network}.features")
             order = torch.randperm(len(truth), generator=stream(measurement.seed, "halves"))
@@ -203,7 +216,7 @@ def _floors(measurement: Measurement, parts: Parts, bootstrap: Bootstrap) -> dic
                 floors[name] = {**Estimate(value)._asdict(), "images": half, "kind": "halves"}
             else:
                 few = truth if half <= KID_IMAGES else truth[order[: 2 * KID_IMAGES]]
-                found = kid_floor(few, RESAMPLES, stream(measurement.seed, "floor"))
+                found = kid_floor(few, HALVINGS, stream(measurement.seed, "floor"))
                 floors[name] = {**found._asdict(), "images": len(few) // 2, "kind": "halves"}
     return floors
 
@@ -234,11 +247,12 @@ def _protocol_texts(
     made = f", sources by {settings['degrade']}" if settings["degrade"] else ""
     pixels = "truncated" if measurement.truncate else "rounded"
     images = (
-        f"n={n} pairs of {data}{made}, m={m} samples each (1 without randomness), {width}×{height} RGB uint8, {pixels}"
+        f"n={counted(n, 'pair')} of {data}{made}, m={counted(m, 'sample')} each (1 without randomness), "
+        f"{width}×{height} RGB uint8, {pixels}"
     )
     texts = {
-        "interval": f"95 %, percentile bootstrap over pairs, {RESAMPLES} resamples (fewer of more than "
-        f"{MOST_WEIGHTS // RESAMPLES} pairs); differences are paired"
+        "interval": "95 %, Student's t over pairs with a third of the degrees of freedom, as scores are skewed; none "
+        f"of fewer than {FEWEST} pairs; differences are paired"
     }
     for name in measurement.metrics:
         metric = METRICS[name]
@@ -253,9 +267,13 @@ def _protocol_texts(
             parts.append("n samples to n targets, mean over m" if name != "is" else "mean over m")
         texts[name] = "; ".join([*parts, images])
     texts["ms_per_image"] = (
-        f"median over batches, {settings['processes']} process(es), noise and copies included, files and features not"
+        "median of timed calls, each model in turn after an unmeasured call of each, "
+        f"{counted(settings['processes'], 'process')}, noise and copies included, files and features not; "
+        "range: the middle 80 % of the calls, all of fewer than ten"
     )
-    texts["peak_mib"] = "weights, and the peak of one call on one batch above what the process held before"
+    texts["peak_mib"] = (
+        "weights, and the peak of one call on one batch above what the process held before, after a call of each model"
+    )
     texts["floor"] = (
         "real against real: sets by random halves of the targets, whose sources differ, so that it varies more than a "
         "perfect model on the same sources would, and a Fréchet distance of fewer images is biased upwards; paired "

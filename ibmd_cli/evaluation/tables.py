@@ -3,6 +3,7 @@
 `results` is the content of `results.json`, see `evaluation`; its part `metrics` says how each score is shown.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from ibmd_cli.metrics.scores import FEWEST
+from ibmd_cli.reporting import counted
 
 ARROWS = {"low": "↓", "high": "↑", "": ""}
 """Where the better values of a score are."""
@@ -96,9 +100,40 @@ def sentence(results: Data, gap: Data) -> str:
     own, best_of_teacher = value(student[name], metric), value(teacher[name], metric)
     return (
         f"The {metric['label']} of {who} is {own} with {evaluations(student['nfe'])} per image; "
-        f"the teacher's best is {best_of_teacher} with {evaluations(teacher['nfe'])}. "
-        f"{difference}; {who} is {gap['speed_up']:.3g} times as fast."
+        f"the teacher's best is {best_of_teacher} with {evaluations(teacher['nfe'])}. {difference}. {speed(who, gap)}."
     )
+
+
+def speed(who: str, gap: Data) -> str:
+    """Say how much faster a model is than another one, as far as the timed calls of both tell."""
+    spread = gap["speed_up_range"]
+    if spread is None:
+        return "There are too few timed calls to compare speeds"
+    if (ratio := resolved(gap)) is None:
+        return f"No difference in speed is resolved ({between(spread)} times as fast over the timed calls)"
+    name = who[0].upper() + who[1:]
+    if ratio > 1:
+        return f"{name} is {rounded(ratio)} times as fast ({between(spread)} over the timed calls)"
+    return f"{name} takes {rounded(1 / ratio)} times as long ({between([1 / end for end in spread[::-1]])})"
+
+
+def resolved(gap: Data) -> float | None:
+    """Return how many times as fast a model is, or None if the timed calls or two digits show no difference."""
+    ratio, spread = gap["speed_up"], gap["speed_up_range"]
+    shown = spread is not None and not spread[0] <= 1 <= spread[1] and rounded(max(ratio, 1 / ratio)) != "1.0"
+    return ratio if shown else None
+
+
+def rounded(value: float) -> str:
+    """Write a positive number with two digits that count."""
+    short = float(f"{value:.2g}")
+    digits = max(0, 1 - math.floor(math.log10(short))) if short else 0
+    return f"{short:,.{digits}f}"
+
+
+def between(ends: Sequence[float] | None) -> str:
+    """Write a range of positive numbers, or nothing for None."""
+    return "–".join(dict.fromkeys(map(rounded, ends))) if ends else ""
 
 
 def evaluations(nfe: int) -> str:
@@ -119,15 +154,15 @@ def floors(results: Data) -> Iterator[str]:
         yield f"{metric['label']} of {kind}: {value(floor, metric)} {interval(floor, metric)}".rstrip()
 
 
-def costs(results: Data) -> dict[str, list[str]]:
+def costs(results: Data) -> dict[str, list["Cell"]]:
     """Write what the rows cost: kind of cost → a figure for each row."""
     rows = results["rows"]
     lines = {
-        "ms/image": [f"{row['ms_per_image']:.3g}" for row in rows],
-        "images/s": [f"{row['images_per_second']:.3g}" for row in rows],
-        "peak MiB": ["–" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}" for row in rows],
+        "ms/image": [Cell(rounded(row["ms_per_image"]), between(row["ms_range"])) for row in rows],
+        "images/s": [Cell(rounded(row["images_per_second"])) for row in rows],
+        "peak MiB": [EMPTY if row["peak_mib"] is None else Cell(f"{row['peak_mib']:,.0f}") for row in rows],
     }
-    return {name: cells for name, cells in lines.items() if set(cells) != {"–"}}
+    return {name: cells for name, cells in lines.items() if any(cell != EMPTY for cell in cells)}
 
 
 def label(metric: Data) -> str:
@@ -156,8 +191,18 @@ def cautions(results: Data) -> Iterator[str]:
 
 def conditions(results: Data) -> str:
     """Say under which conditions times were taken."""
-    settings = results["settings"]
-    return f"times in batches of {settings['batch_size']} on {settings['device']}, {settings['threads']} thread(s)"
+    settings, threads = results["settings"], counted(results["settings"]["threads"], "thread")
+    where = f"in batches of {settings['batch_size']} on {settings['device']}, {threads}"
+    return f"times {where}; below them the range of the timed calls"
+
+
+def intervals(results: Data) -> str:
+    """Say what the brackets in the table are, or why there are none."""
+    if any(
+        isinstance(score, Mapping) and score.get("low") is not None for row in results["rows"] for score in row.values()
+    ):
+        return "[95 % interval]"
+    return f"no intervals: {counted(results['settings']['images'], 'pair')}, {FEWEST} are needed"
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -202,7 +247,7 @@ def scores(results: Data) -> Figures:
     columns = []
     for i, row in enumerate(results["rows"]):
         cells = [_cell(row.get(name), metrics[name], "best" if i in winners[name] else "") for name in metrics]
-        columns.append(Column(row["label"], f"{row['nfe']} NFE", [*cells, *(Cell(line[i]) for line in spent.values())]))
+        columns.append(Column(row["label"], f"{row['nfe']} NFE", [*cells, *(line[i] for line in spent.values())]))
     return Figures([*map(label, metrics.values()), *spent], columns)
 
 
@@ -230,7 +275,7 @@ def differences(results: Data) -> dict[int, Figures]:
         ]
         if ratio:
             cells.append(EMPTY if gap["diversity_ratio"] is None else Cell(f"{gap['diversity_ratio']:.2f}×"))
-        cells.append(Cell(f"{gap['speed_up']:.3g}×"))
+        cells.append(Cell(f"{rounded(gap['speed_up'])}×", between(gap["speed_up_range"])))
         labels = [*map(label, metrics.values()), *ratio, "times as fast"]
         table = tables.setdefault(gap["row"], Figures(labels, []))
         table.columns.append(Column(f"{rows[gap['row']]['label']} −", named(other).replace(",", ""), cells))
@@ -247,8 +292,8 @@ def _cell(score: Data | None, metric: Data, kind: str = "", sign: str = "") -> C
 def tables(results: Data) -> Group:
     """Lay out the results of `evaluate`: the scores of each model, the differences between models, and a sentence."""
     settings = results["settings"]
-    title = f"{settings['data']}: {settings['images']} pairs, {draws(settings)}"
-    notes = "\n".join([*legend(results), "[95 % interval]", *floors(results), *cautions(results), conditions(results)])
+    title = f"{settings['data']}: {counted(settings['images'], 'pair')}, {draws(settings)}"
+    notes = "\n".join([*legend(results), intervals(results), *floors(results), *cautions(results), conditions(results)])
     # texts, not strings, whose brackets would be taken for styles
     parts: list[RenderableType] = [Text(title, "bold"), Fitting(scores(results)), Text(notes, "dim")]
     if gaps := list(differences(results).values()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ibmd_cli.method.noise import stream
-from ibmd_cli.metrics.scores import IS_SPLIT, KID_IMAGES, Estimate, interval
+from ibmd_cli.metrics.scores import IS_SPLIT, KID_IMAGES, Estimate, interval, pseudo_values
 
 PIECE = 4096
 """Features that are turned into float64 at a time."""
@@ -47,7 +47,7 @@ def kid_terms(samples: Tensor, truth: Tensor, usual: bool = False) -> Tensor:
 
 
 def kid_blocks(samples: Tensor, truth: Tensor, seed: int, usual: bool = False) -> Tensor:
-    """Return terms of the KID of any number of images: `kid_terms`, or the distances of random blocks of images.
+    """Return terms of the KID of any number of images: `kid_terms`, or those of random blocks of images.
 
     Args:
         samples: features (m, N, D).
@@ -56,13 +56,13 @@ def kid_blocks(samples: Tensor, truth: Tensor, seed: int, usual: bool = False) -
         usual: see `kid_terms`.
 
     Returns:
-        (N, N) for up to 2 · `KID_IMAGES` images; else (K,), the distance in each of K blocks of at least `KID_IMAGES`.
+        (N, N) for up to 2 · `KID_IMAGES` images; else (N,), the jackknife's terms in blocks of at least `KID_IMAGES`.
     """
     n = len(truth)
     if n <= 2 * KID_IMAGES:
         return kid_terms(samples, truth, usual)
     blocks = torch.randperm(n, generator=stream(seed, "blocks")).tensor_split(n // KID_IMAGES)
-    return torch.stack([_mean_of_others(kid_terms(samples[:, rows], truth[rows], usual)) for rows in blocks])
+    return torch.cat([pseudo_values(kid_terms(samples[:, rows], truth[rows], usual)) for rows in blocks])
 
 
 def _mean_of_others(terms: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def frechet(a: Moments, b: Moments) -> float:
 
 def _frechet(a: Moments, b: Moments, middle: Tensor) -> float:
     spread = a.covariance.trace() + b.covariance.trace() - 2 * middle.trace()
-    return float((a.mean - b.mean).square().sum() + spread)
+    return max(0.0, float((a.mean - b.mean).square().sum() + spread))  # sums of rounded numbers may fall below
 
 
 def frechet_terms(x: Tensor, a: Moments, b: Moments, y: Tensor | None = None) -> Tensor:

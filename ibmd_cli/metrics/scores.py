@@ -1,13 +1,14 @@
 """Scores of translated images, and how sure they are.
 
 A score is the mean of terms: a tensor (N,) with one term for each drawing, or (N, N) with one for each pair of
-different drawings (a U-statistic). `estimate` gives the mean and its bootstrap interval over drawings; the difference
-of two models on the same drawings is the estimate of the difference of their terms.
+different drawings (a U-statistic). `estimate` gives the mean and its interval over drawings; the difference of two
+models on the same drawings is the estimate of the difference of their terms.
 
 Images are (…, C, H, W) in [-1, 1]. Samples (m, N, C, H, W) are m independent draws for each of N drawings. `METRICS`
 lists the scores; `features` has the networks that some of them need.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESAMPLES = 2000
-"""Bootstrap samples, and random halves of the floor."""
-
-
+HALVINGS = 2000
+"""Random halves that the floor of a set distance is measured on."""
+FEWEST = 5
+"""Drawings; of fewer there is no interval."""
 KID_IMAGES = 1000
 """Images of a block: the KID of more than twice as many is the mean over blocks, as the field's is over subsets."""
 IS_SPLIT = 5000
@@ -39,6 +40,8 @@ class Metric:
         compares: "pixels", "maps", "classes", "features" or "logits": what of images or of their `Seen`.
         needs: fewest images.
         paired: whether each image has a score of its own.
+        least: no value is lower.
+        most: no value is higher.
         caution: why it compares with no published figure; "" if it may, by a protocol.
         text: what it is, for protocols.
     """
@@ -53,7 +56,14 @@ class Metric:
     compares: str = "pixels"
     needs: int = 1
     paired: bool = True
+    least: float = -math.inf
+    most: float = math.inf
     caution: str = ""
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Return the range of a share of images; None for other scores."""
+        return (self.least, self.most) if self.compares == "classes" else None
 
 
 _OWN = "its network is not the one of published figures"
@@ -69,11 +79,11 @@ METRICS = {
     ),
     "fd_efflite0": Metric(
         *("fd_efflite0", "low", 2, "Fréchet distance of the pooled features' means and covariances"),
-        network="efflite0", compares="features", needs=1281, paired=False, caution=_OWN,
+        network="efflite0", compares="features", needs=1281, paired=False, least=0, caution=_OWN,
     ),
     "fid": Metric(
         *("FID", "low", 2, "Fréchet distance of the 2048 features' means and covariances"),
-        network="inception", compares="features", needs=2049, paired=False,
+        network="inception", compares="features", needs=2049, paired=False, least=0,
     ),
     "kid": Metric(
         *("KID", "low", 2, "unbiased MMD², kernel (x·y/2048 + 1)³, of all images, or the mean over blocks of 1000"),
@@ -81,36 +91,36 @@ METRICS = {
     ),
     "is": Metric(
         *("IS", "high", 2, "exp of the mean KL of class probabilities, mean over splits of 5000 in order"),
-        network="inception", compares="logits", needs=IS_SPLIT, paired=False,
+        network="inception", compares="logits", needs=IS_SPLIT, paired=False, least=1,
     ),
     "efflite0_distance": Metric(
         *("efflite0_distance", "low", 3, "unit-length features after 5 blocks, mean squared difference, not weighed"),
-        network="efflite0", compares="maps", caution=_OWN,
+        network="efflite0", compares="maps", least=0, caution=_OWN,
     ),
     "stlpips_alex": Metric(
         *("ST-LPIPS alex", "low", 3, f"squared differences {_RESIZED}; tolerant of shifts by a pixel"),
-        network="stlpips", compares="maps", caution="it is not the LPIPS of published figures",
+        network="stlpips", compares="maps", least=0, caution="it is not the LPIPS of published figures",
     ),
     "lpips_vgg": Metric(
-        "LPIPS vgg", "low", 3, f"squared differences {_RESIZED}", network="lpips_vgg", compares="maps"
+        "LPIPS vgg", "low", 3, f"squared differences {_RESIZED}", network="lpips_vgg", compares="maps", least=0
     ),
     "lpips_alex": Metric(
-        "LPIPS alex", "low", 3, f"squared differences {_RESIZED}", network="lpips_alex", compares="maps"
+        "LPIPS alex", "low", 3, f"squared differences {_RESIZED}", network="lpips_alex", compares="maps", least=0
     ),
-    "psnr": Metric("PSNR", "high", 2, "dB, peak 255, mean over images and samples", unit="dB"),
-    "ssim": Metric("SSIM", "high", 3, "Gaussian window of 11 pixels, σ 1.5, no padding, mean over channels"),
-    "mse": Metric("MSE", "low", 4, "on pixels in [-1, 1]"),
+    "psnr": Metric("PSNR", "high", 2, "dB, peak 255, mean over images and samples", unit="dB", most=100),
+    "ssim": Metric("SSIM", "high", 3, "Gaussian window of 11 pixels, σ 1.5, no padding, mean over channels", most=1),
+    "mse": Metric("MSE", "low", 4, "on pixels in [-1, 1]", least=0),
     "efflite0_agreement": Metric(
         *("top-1 agreement", "high", 1, "share of images whose ImageNet class is that of their target; for photos"),
-        scale=100, unit="%", network="efflite0", compares="classes", caution=_OWN,
+        scale=100, unit="%", network="efflite0", compares="classes", least=0, most=1, caution=_OWN,
     ),
     "resnet50_accuracy": Metric(
         *("ResNet-50 accuracy", "high", 1, "share of images whose class is the true one"),
-        scale=100, unit="%", network="resnet50", compares="classes",
+        scale=100, unit="%", network="resnet50", compares="classes", least=0, most=1,
     ),
     "diversity": Metric(
         *("diversity", "", 3, "standard deviation over samples in [-1, 1], mean over pixels"),
-        caution="no published figure uses it",
+        least=0, caution="no published figure uses it",
     ),
 }  # fmt: skip
 """The scores, in the order of their columns."""
@@ -126,33 +136,49 @@ class Estimate(NamedTuple):
     high: float | None = None
 
 
-def resamples(n: int, repeats: int, rng: torch.Generator) -> Tensor:
-    """Draw how often each of `n` drawings occurs in `repeats` bootstrap samples, float64 (repeats, n)."""
-    index = torch.randint(n, (repeats, n), generator=rng)
-    return torch.zeros(repeats, n, dtype=torch.float64).scatter_add_(
-        1, index, torch.ones(1).double().expand(index.shape)
-    )
+def estimate(terms: Tensor, ends: tuple[float, float] | None = None) -> Estimate:
+    """Average the terms of a score, with a 95 % interval over drawings; without one of fewer than `FEWEST`.
 
-
-def estimate(terms: Tensor, weights: Tensor) -> Estimate:
-    """Average the terms of a score, with a percentile bootstrap interval over drawings.
+    The interval is Student's t with a third of the degrees of freedom. Those of n normal terms are n − 1, those of
+    others about 2 (n − 1)/(κ − 1), where κ is their kurtosis: a third stands for κ = 7, between a normal (3) and an
+    exponential distribution (9), as scores of images are skewed. So it is too wide rather than too narrow for few
+    normal terms, and the usual one for many terms of any kind.
 
     Args:
-        terms: (N,), or (N, N) of which the diagonal is left out.
-        weights: of `resamples`, (R, N). A pair of two copies of one drawing is left out too, so that the resampled
-            means are unbiased. Where the expectation is 0 for lack of any difference, a U-statistic of pairs is
-            degenerate and the interval too wide, never too narrow.
+        terms: (N,), or (N, N) of which the diagonal is left out; their mean is told with the jackknife's interval.
+            Where the expectation is 0 for lack of any difference, the interval of (N, N) is too wide, never too narrow.
+        ends: the range of terms that are shares. One more term at either end is counted for the interval, since equal
+            terms do not show that others are impossible.
 
-    Source: Efron and Tibshirani, 1993, Sec. 13.3; Arcones and Giné, 1992 (U-statistics).
+    Source: Box, 1954 (degrees of freedom); Efron, 1982, Ch. 3 (jackknife); Agresti and Coull, 1998 (`ends`).
     """
-    terms, n = terms.double(), len(terms)
-    if terms.ndim == 1:
-        value, means = terms.mean(), weights @ terms / n
-    else:
-        terms = terms - torch.diag(terms.diagonal())
-        value = terms.sum() / (n * (n - 1))
-        means = ((weights @ terms) * weights).sum(1) / (n**2 - weights.square().sum(1))
-    return Estimate(float(value), *interval(means))
+    terms = pseudo_values(terms) if terms.ndim == 2 else terms.double()
+    value, n = float(terms.mean()), len(terms)
+    if n < FEWEST:
+        return Estimate(value)
+    if ends is not None:
+        terms = torch.cat([terms, torch.tensor(ends, dtype=terms.dtype)])
+    middle, half = float(terms.mean()), student_t((n - 1) / 3) * float(terms.std()) / len(terms) ** 0.5
+    return Estimate(value, min(middle - half, value), max(middle + half, value))
+
+
+def pseudo_values(terms: Tensor) -> Tensor:
+    """Return the jackknife's terms (N,) of a U-statistic (N, N): of the same mean, and of its spread over drawings."""
+    n, rows = len(terms), (terms.double() - torch.diag(terms.double().diagonal())).sum(1)
+    whole, others = rows.sum() / (n * (n - 1)), (rows.sum() - 2 * rows) / max(1, (n - 1) * (n - 2))
+    return n * whole - (n - 1) * others if n > 2 else whole.expand(n)
+
+
+def student_t(freedom: float) -> float:
+    """Return the 97.5 % quantile of Student's t distribution.
+
+    With t = √freedom · tan θ the density is proportional to cos(θ)^(freedom − 1), which is summed over a grid.
+    """
+    scale = 10 / max(1.0, freedom) ** 0.5  # cos(θ)^freedom is negligible beyond 10 / √freedom
+    angle = torch.linspace(0, min(math.pi / 2, scale), 20_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle)
+    last = int(torch.searchsorted(mass, 0.95 * mass[-1]))
+    return freedom**0.5 * math.tan(float(angle[last + 1]))
 
 
 def interval(values: Tensor) -> tuple[float, float]:

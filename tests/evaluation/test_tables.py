@@ -2,12 +2,15 @@
 
 import io
 import re
+from pathlib import Path
 
 import evaluated
 import pytest
+from html_page import Page
 from rich.console import Console
 
 from ibmd_cli.evaluation import tables
+from ibmd_cli.evaluation.report import write_report
 
 
 @pytest.fixture
@@ -72,14 +75,76 @@ def test_the_sentence_compares_with_the_teacher_at_its_best(results: dict):
     assert (first["against"], second["against"]) == (3, 3)
     assert tables.sentence(results, first) == (
         "The energy score of student A is 2.06 with one evaluation per image; the teacher's best is 2.00 with 10 "
-        "evaluations. The difference is +0.06 [-0.14,+0.26], not resolved; student A is 10 times as fast."
+        "evaluations. The difference is +0.06 [-0.14,+0.26], not resolved. Student A is 10 times as fast "
+        "(9.2–11 over the timed calls)."
     )
-    assert "+0.46 [+0.26,+0.66], in favour of the teacher; student B is 5 times" in tables.sentence(results, second)
+    assert "+0.46 [+0.26,+0.66], in favour of the teacher. Student B is 5.0 times" in tables.sentence(results, second)
     first["energy_score"].update(value=-0.5, low=-0.6, high=-0.4)
     results["rows"][0]["label"] = "student"
-    assert "in favour of the student; the student is" in tables.sentence(results, first)
+    assert "in favour of the student. The student is" in tables.sentence(results, first)
     first["energy_score"].update(low=None, high=None)
-    assert "The difference is -0.50; the student is" in tables.sentence(results, first)
+    assert "The difference is -0.50. The student is" in tables.sentence(results, first)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "words"),
+    [
+        (5.29, [4.42, 6.1], "The student is 5.3 times as fast (4.4–6.1 over the timed calls)"),
+        (104.2, [98.7, 110.0], "The student is 100 times as fast (99–110 over the timed calls)"),
+        (0.898, [0.88, 0.92], "The student takes 1.1 times as long (1.1)"),
+        (1.2, [0.95, 1.4], "No difference in speed is resolved (0.95–1.4 times as fast over the timed calls)"),
+        (1.01, [1.001, 1.02], "No difference in speed is resolved (1.0 times as fast over the timed calls)"),
+        (3.0, None, "There are too few timed calls to compare speeds"),
+    ],
+)
+def test_speed_is_told_as_finely_as_timed_calls_carry(
+    results: dict, tmp_path: Path, ratio: float, spread: list | None, words: str
+):
+    gap = {"speed_up": ratio, "speed_up_range": spread}
+    assert tables.speed("the student", gap) == words
+    for one in results["differences"]:
+        one |= gap
+    write_report(tmp_path, results)
+    page = Page(tmp_path / "report.html").text
+    assert not re.search(r"[1-9]\.\d\d+×|0\.\d{3,}×", page.replace("1.05×", ""))  # the ratio of diversities
+    assert "0.898" not in page
+    facts = set(re.findall(r"the (speed|time) of the teacher", page))
+    assert facts == (
+        {"speed"} if "as fast" in words[:40] and "No" not in words else {"time"} if "long" in words else set()
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123, "0.012"), (0.996, "1.0"), (5, "5.0"), (9.96, "10"), (14.4, "14"), (149, "150"), (123_456, "120,000")],
+)
+def test_two_digits_count(value: float, text: str):
+    assert tables.rounded(value) == text
+
+
+def test_equal_network_calls_are_not_contrasted(results: dict, tmp_path: Path):
+    results["rows"][0]["nfe"] = results["rows"][3]["nfe"]
+    write_report(tmp_path, results)
+    page = Page(tmp_path / "report.html").text
+    assert "per image, as the teacher" in page
+    assert "instead of 10 NFE" in page  # the other student
+    assert "10 NFEper image, instead of 10 NFE" not in page
+
+
+@pytest.mark.parametrize(("images", "word"), [(1, "1 pair"), (2, "2 pairs"), (1234, "1,234 pairs")])
+def test_tables_say_what_is_there(results: dict, tmp_path: Path, images: int, word: str):
+    """One thing is singular, and no interval is announced where there is none."""
+    results["settings"] |= {"images": images, "threads": images}
+    results["floor"] = {}
+    for row in results["rows"]:
+        for name in results["metrics"]:
+            row[name] |= {"low": None, "high": None}
+    write_report(tmp_path, results)
+    for text in (" ".join(shown(results, 1000).split()), " ".join(Page(tmp_path / "report.html").text.split())):
+        assert re.search(rf"(?<![\d,]){word}\b", text)
+        assert "95 % interval]" not in text
+        assert f"no intervals: {word}, 5 are needed" in text
+        assert ("1 threads" in text, "(s)" in text) == (False, False)
 
 
 def test_higher_may_be_better(results: dict):
