@@ -2,14 +2,15 @@
 
 - what a file is, its content says, not its name; of several frames or pages the first counts;
 - EXIF orientation is applied once; a damaged EXIF block counts as none;
-- a colour profile is converted to sRGB; a damaged one, and one of a 16-bit image, counts as none;
+- colour profiles, gAMA with cHRM, and cICP are converted to sRGB; a damaged profile, and one of another kind than the
+  pixels, counts as none, which is noted; HDR images are refused;
 - transparency is laid on white, or dropped, and can be had beside the colours;
-- 16-bit grey is scaled by 255 / 65535; 32-bit integers and floats by the smallest of the ranges 0 … 1, 0 … 255
-  and 0 … 65535 that holds all their values, and refused if none does; CMYK, Lab and palettes become RGB;
+- samples are scaled by the file's own depth; 32-bit integers and floats by the smallest of the ranges 0 … 1, 0 … 255
+  and 0 … 65535, or all of the integers, that holds their values, and refused if none does; CMYK, Lab and palettes
+  become RGB;
 - of what else a file says, resolution, artist and copyright are kept; place and time of a photo are not.
 """
 
-import io
 import math
 import os
 import stat
@@ -21,15 +22,18 @@ from threading import Condition
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.files import why
+from ibmd_cli.images.colour import NotRead, Profile, Space, from_codes, from_gamma, from_profile, to_srgb
+from ibmd_cli.images.contents import refusal
+from ibmd_cli.images.samples import Header, deep_samples, read_header, single_channel
 
 MAX_PIXELS = 100_000_000
 AT_ONCE = 32_000_000  # pixels that threads decode, or encode, at the same time: about ten bytes for each
 BLOCK = 1 << 30  # bytes
-READABLE = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
+READABLE = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "PPM")
 ORIENTATION, ARTIST, COPYRIGHT = 0x0112, 0x013B, 0x8298  # EXIF tags
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,6 +55,7 @@ class Picture(NamedTuple):
         several: whether there are more frames or pages, which are not read.
         dpi: pixels per inch in width and height, or None.
         credits: EXIF tag → text: artist and copyright, as far as they are named.
+        notes: what is to be said of how it was read.
     """
 
     rgb: Image.Image
@@ -58,6 +63,7 @@ class Picture(NamedTuple):
     several: bool = False
     dpi: tuple[float, float] | None = None
     credits: dict[int, str] = {}
+    notes: tuple[str, ...] = ()
 
 
 class Budget:
@@ -120,31 +126,55 @@ def decode(stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, alpha: str
         stream: seekable.
         name: for messages.
         max_pixels: larger images are refused before their pixels are decoded.
-        alpha: "white": transparency is laid on white; "keep": that, and it is returned beside the colours; "drop":
-            the colours as they are, also where they are transparent.
+        alpha: "white": transparency is laid on white; "keep": that, and it is returned beside the colours; "drop": the
+            colours as they are, also where they are transparent.
 
     Raises:
-        IbmdError: the content is no image, damaged, too large, or of values without a known range.
+        IbmdError: the content is no image, damaged, too large, or of values or colours that have no fixed way to sRGB.
     """
     Image.init()  # all plugins: those for WebP, TIFF and AVIF are not loaded otherwise
-    with _one_line(name), Image.open(stream, formats=[f for f in READABLE if f in Image.OPEN]) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise IbmdError(
-                f"{name}: {width}×{height} pixels, more than {max_pixels:,}: make it smaller or raise the limit "
-                "(--max-pixels; in Python, max_pixels)"
-            )
-        with _DECODING.take(width * height):
-            return to_picture(image, name, alpha)
+    formats = [f for f in READABLE if f in Image.OPEN]
+    with _one_line(name):
+        try:
+            opened = Image.open(stream, formats=formats)
+        except UnidentifiedImageError:
+            raise NotRead(refusal(stream)) from None
+        with opened as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise NotRead(
+                    f"{width}×{height} pixels, more than {max_pixels:,}: make it smaller or raise the limit "
+                    "(--max-pixels; in Python, max_pixels)"
+                )
+            with _DECODING.take(width * height):
+                return to_picture(image, name, alpha)
 
 
 def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
     """Convert a Pillow image by the rules of this module; arguments and errors as `decode`."""
     with _one_line(name):
         if 0 in image.size:
-            raise IbmdError(f"{name}: {image.width}×{image.height} pixels: expected one or more")
+            raise NotRead(f"{image.width}×{image.height} pixels: expected one or more")
+        header = read_header(image)
+        space, notes = _space(image, header)
+        wide = header.depth == 16 and len(header.key) == 3
+        deep = deep_samples(image) if space is not None or wide else None
         image.load()
-        return _convert(image, name, alpha)
+        exif = _exif(image)
+        try:
+            rgb, transparency = _colours(image, header, space, deep)
+        except ValueError as error:
+            if not isinstance(space, Profile):
+                raise
+            notes.append(f"its colour profile is ignored ({error})")
+            rgb, transparency = _colours(image, header, None, deep)
+        if transparency is not None and alpha != "drop":
+            rgb.paste("white", mask=ImageChops.invert(transparency))
+        kept = transparency if alpha == "keep" else None
+        if (turn := _TURNS.get(exif.get(ORIENTATION, 1))) is not None:
+            rgb, kept = rgb.transpose(turn), kept and kept.transpose(turn)
+        credits = {tag: exif[tag] for tag in (ARTIST, COPYRIGHT) if tag in exif}
+        return Picture(rgb, kept, _several(image), _dpi(image.info.get("dpi")), credits, tuple(notes))
 
 
 @contextmanager
@@ -154,26 +184,19 @@ def _one_line(name: str) -> Iterator[None]:
         yield
     except IbmdError:
         raise
-    except UnidentifiedImageError:
-        expected = "expected PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF"
-        raise IbmdError(f"{name}: not an image, or a damaged one: {expected}") from None
+    except NotRead as error:
+        raise IbmdError(f"{name}: {error}") from error
     except MemoryError as error:
         raise IbmdError(f"{name}: does not fit in memory: make it smaller") from error
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead to
         reason = shown(str(error)) or type(error).__name__
+        if "MAX_TEXT" in reason:
+            mend = "pngfix --strip=unused --out=OUT.png FILE (--strip=color for a profile; libpng-tools) removes it"
+            raise IbmdError(f"{name}: a text or profile in it of more than 1 MB unpacked: {mend}") from error
+        if "unknown raw mode" in reason:
+            kind = "an order of its samples or bits, which is not read: save it as PNG with 8 or 16 bits"
+            raise IbmdError(f"{name}: {kind}") from error
         raise IbmdError(f"{name}: damaged or incomplete ({reason}): copy or save it again") from error
-
-
-def _convert(image: Image.Image, name: str, alpha: str) -> Picture:
-    exif = _exif(image)
-    rgb, transparency = _colours(image, name)
-    if transparency is not None and alpha != "drop":
-        rgb.paste("white", mask=ImageChops.invert(transparency))
-    kept = transparency if alpha == "keep" else None
-    if (turn := _TURNS.get(exif.get(ORIENTATION, 1))) is not None:
-        rgb, kept = rgb.transpose(turn), kept and kept.transpose(turn)
-    credits = {tag: exif[tag] for tag in (ARTIST, COPYRIGHT) if tag in exif}
-    return Picture(rgb, kept, _several(image), _dpi(image.info.get("dpi")), credits)
 
 
 @contextmanager
@@ -195,47 +218,50 @@ def own_limits() -> Iterator[None]:
         Image.core.set_block_size(block)
 
 
-def _colours(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
-    """Return RGB, and transparency as mode L if there is any."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image)
-        full = 65535 if image.mode.startswith("I;16") else _range(values, name)
-        grey = np.rint(values * np.float32(255 / full)).astype(np.uint8)
-        key = image.info.get("transparency")
-        alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
-        return Image.fromarray(grey).convert("RGB"), alpha
+def _space(image: Image.Image, header: Header) -> tuple[Profile | Space | None, list[str]]:
+    """Return the colour space of an image, None for sRGB, and what is to be said of it."""
+    info = image.info
+    if image.format == "PNG" and header.codes:
+        primaries, transfer, matrix, full = header.codes
+        return from_codes(primaries, transfer, bool(full), matrix), []
+    if profile := info.get("icc_profile"):
+        try:
+            return from_profile(profile), []
+        except ValueError as error:
+            return None, [f"its colour profile is ignored ({error})"]
+    if image.format == "AVIF" and header.codes:
+        return from_codes(header.codes[0], header.codes[1], video=True), []
+    if "srgb" not in info and "gamma" in info:
+        return from_gamma(info["gamma"], info.get("chromaticity")), []
+    return None, []
+
+
+def _colours(
+    image: Image.Image, header: Header, space: Profile | Space | None, deep: np.ndarray | None
+) -> tuple[Image.Image, Image.Image | None]:
+    """Return RGB, and transparency as mode L if there is any; `deep` are the samples of an RGB image of 16 bits."""
+    values = single_channel(image, header)
+    if values is not None:
+        key = header.key or (() if (own := image.info.get("transparency")) is None else (own,))
+        alpha = Image.fromarray(np.where(np.asarray(image) == key[0], 0, 255).astype(np.uint8)) if key else None
+        if space is None:
+            return Image.fromarray(np.rint(values * np.float32(255)).astype(np.uint8)).convert("RGB"), alpha
+        return to_srgb(np.rint(values * np.float32(65535)).astype(np.uint16), space), alpha
+    if deep is not None and len(header.key) == 3:
+        opaque = (deep != np.array(header.key)).any(2)
+        return to_srgb(deep, space), Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8))
+    if header.key:  # Pillow compares it with 8 bits
+        scaled = tuple(v * 255 // (2**header.depth - 1) for v in header.key)
+        image.info["transparency"] = scaled if len(scaled) == 3 else scaled[0]
     if not image.has_transparency_data:
-        return _srgb(image), None
+        return to_srgb(image if deep is None else deep, space), None
+    if image.mode == "La":
+        image = image.convert("LA")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     transparency = rgba.getchannel("A")
     colours = image.getchannel("L") if image.mode == "LA" else rgba.convert("RGB")
     del rgba  # large ones: as few copies at a time as will do
-    return _srgb(colours, copy=False), transparency
-
-
-def _range(values: np.ndarray, name: str) -> int:
-    low, high = float(values.min()), float(values.max())
-    for full in (1, 255, 65535):
-        if low >= 0 and high <= full:  # false for NaN
-            return full
-    raise IbmdError(f"{name}: values from {low:g} to {high:g}: expected 0 to 1, 255 or 65535: rescale them")
-
-
-def _srgb(image: Image.Image, copy: bool = True) -> Image.Image:
-    """Convert to RGB, through the colour profile if there is one that fits; `copy` an image that is RGB already."""
-    if image.mode not in ("L", "RGB", "CMYK"):
-        image = image.convert("RGB")
-    if profile := image.info.get("icc_profile"):
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "srgb" not in ImageCms.getProfileDescription(source).lower():
-                target = ImageCms.createProfile("sRGB")
-                converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-                assert converted is not None  # it is, where the input is not changed in place
-                return converted
-        except (ImageCms.PyCMSError, OSError, TypeError, ValueError):  # a damaged profile, or one of another mode
-            pass
-    return image.convert("RGB") if copy or image.mode != "RGB" else image
+    return to_srgb(colours if deep is None else deep, space, copy=False), transparency
 
 
 def _exif(image: Image.Image) -> dict[int, Any]:

@@ -265,13 +265,6 @@ def test_truncated_files(form, picture):
         refusal(content[: int(share * len(content))])
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0", b"P6 1 1 255 abc"]
-)
-def test_other_content(content):
-    assert "expected PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF" in refusal(content)
-
-
 def test_wrong_checksum(picture):
     content = bytearray(file_of(picture, "PNG"))
     content[content.index(b"IDAT") + 8] ^= 0xFF

@@ -1,0 +1,164 @@
+"""Samples of image files at their own depth: what Pillow's modes do not say of PNG, TIFF, PNM and AVIF files."""
+
+import struct
+import sys
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ibmd_cli.images.colour import NotRead
+
+_SAVE = "save it as PNG with 8 or 16 bits"
+_OTHER_BYTE = {"LA;16B": "RGBA", "RGB;16N": "RGB;16B" if sys.byteorder == "little" else "RGB;16L"}
+_OTHER_BYTE |= {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA", "RGBX") for a, b in ("BL", "LB")}
+_OTHER_BYTE |= {f"{mode};16N": _OTHER_BYTE["RGB;16N"].replace("RGB", mode) for mode in ("RGBA", "RGBX")}
+
+
+class Header(NamedTuple):
+    """What a file says of its samples.
+
+    Attributes:
+        full: the sample that is white, of single-channel modes; 0 if only the values can tell.
+        inverted: whether black and white are to be exchanged.
+        form: of samples as NumPy names it, where Pillow holds them in another: "i1" or "u4".
+        key: the transparent colour, at the file's own depth: one sample or three.
+        depth: bits of a sample of a PNG file.
+        codes: cICP, or AVIF's nclx: primaries, transfer, matrix and full range.
+    """
+
+    full: int = 0
+    inverted: bool = False
+    form: str = ""
+    key: tuple[int, ...] = ()
+    depth: int = 8
+    codes: tuple[int, ...] = ()
+
+
+def read_header(image: Any) -> Header:
+    """Read what an image file that was opened says of its samples; mend what Pillow takes from it wrongly.
+
+    Raises:
+        NotRead: Pillow would read its samples wrongly.
+    """
+    stream = getattr(image, "fp", None)
+    if image.format == "PNG" and stream is not None and not stream.closed:
+        return _png(stream, image)
+    if image.format == "TIFF" and hasattr(image, "tag_v2"):
+        return _tiff(image, image.tag_v2)
+    if image.format == "AVIF" and stream is not None:
+        stream.seek(0)
+        at = (head := stream.read(1 << 16)).find(b"colrnclx")
+        return Header(codes=struct.unpack_from(">HH", head, at + 8)) if 0 <= at < len(head) - 12 else Header()
+    return Header(65535 if image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I" else 0)
+
+
+def _png(stream: BinaryIO, image: Image.Image) -> Header:
+    """Read the chunks before the pixels."""
+    back = stream.tell()
+    stream.seek(8)
+    chunks: dict[bytes, bytes] = {}
+    while len(start := stream.read(8)) == 8 and start[4:] not in (b"IDAT", b"IEND"):
+        length = int.from_bytes(start[:4], "big")
+        if start[4:] in (b"IHDR", b"tRNS", b"cICP") and length <= 256:
+            chunks[start[4:]] = stream.read(length)
+            length = 0
+        stream.seek(length + 4, 1)
+    stream.seek(back)
+    depth, key = chunks[b"IHDR"][8], chunks.get(b"tRNS", b"")
+    count = 3 if image.mode == "RGB" else 1
+    known = image.mode in ("1", "L", "I;16", "RGB") and len(key) >= 2 * count
+    samples = tuple(v & (2**depth - 1) for v in struct.unpack_from(f">{count}H", key)) if known else ()
+    codes = chunks.get(b"cICP", b"")
+    return Header(65535, key=samples, depth=depth, codes=tuple(codes) if len(codes) == 4 else ())
+
+
+def _tiff(image: Any, tags: Any) -> Header:
+    photometric, bits, form = tags.get(262, 0), tags.get(258, (1,))[0], tags.get(339, (1,))[0]
+    planes = tags.get(284, 1) == 2 and tags.get(277, 1) > 1
+    if 50706 in tags or (tags.get(254, 0) & 1 and 330 in tags):
+        raise NotRead("a raw photo of a camera (DNG, NEF …), of which only a thumbnail is readable: develop it first")
+    if planes and photometric == 8:
+        raise NotRead(f"a TIFF image of CIELab in planes, which is not read: {_SAVE}")
+    if image.tile and image.tile[0].codec_name != "libtiff":
+        if planes and bits == 16:
+            raise NotRead(f"a TIFF image of 16-bit planes, uncompressed, which is not read: compress it, or {_SAVE}")
+        if photometric == 6 and tags.get(530, (1, 1)) != (1, 1):
+            raise NotRead(f"an uncompressed TIFF image of subsampled YCbCr, which is not read: {_SAVE}")
+        if photometric == 6 and tuple(tags.get(532, ())[::2]) not in ((), (0, 128, 128)):
+            raise NotRead(f"a TIFF image of YCbCr with a reference black, which is not read: {_SAVE}")
+    if photometric == 5 and tags.get(332, 1) != 1:
+        raise NotRead("a TIFF image of inks that are not CMYK: convert it to RGB first")
+    native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}  # libtiff has swapped the bytes already
+    image.tile = [
+        tile._replace(args=(native[tile.args[0]], *tile.args[1:]))
+        if tile.codec_name == "libtiff" and tile.args[0] in native
+        else tile
+        for tile in image.tile
+    ]
+    if photometric == 3 and image.palette is not None and 0 < max(tags[320]) < 256:  # 8 bits, as some programs write
+        image.palette.palette = bytes(tags[320])
+    full = {1: 2**bits - 1, 2: 2 ** (bits - 1) - 1}.get(form, 0) if bits <= 16 else 0
+    inverted = photometric == 0 and image.mode in ("I;16", "I;16B", "I", "F")
+    return Header(full, inverted, {(8, 2): "i1", (32, 1): "u4"}.get((bits, form), ""))
+
+
+def deep_samples(image: Any) -> np.ndarray | None:
+    """Read an opened image of 16 bits again at its own depth: uint16 (H, W) or (H, W, 3).
+
+    Pillow keeps the high byte of such colours; the other one comes from the same bytes taken in the other order.
+
+    Returns:
+        The samples without alpha; None if the image has 8 bits, is no file, or grey, of which Pillow keeps all 16.
+    """
+    if image.mode not in ("RGB", "RGBA") or not getattr(image, "tile", ()) or getattr(image, "fp", None) is None:
+        return None
+    args: Any = image.tile[0].args
+    raw: str = args if isinstance(args, str) else args[0]
+    if raw not in _OTHER_BYTE:
+        return None
+    back = image.fp.tell()
+    halves = []
+    for mode in ("RGBA",) if raw == "LA;16B" else (raw, _OTHER_BYTE[raw]):
+        with Image.open(image.fp, formats=[str(image.format)]) as half:
+            tiles: Any = half.tile
+            half.tile = [t._replace(args=mode if t.args == raw else (mode, *t.args[1:])) for t in tiles]
+            half.load()
+            halves.append(np.asarray(half))
+    image.fp.seek(back)
+    if raw == "LA;16B":
+        return halves[0][..., 0].astype(np.uint16) << 8 | halves[0][..., 1]
+    return halves[0][..., :3].astype(np.uint16) << 8 | halves[1][..., :3]
+
+
+def single_channel(image: Image.Image, header: Header) -> np.ndarray | None:
+    """Return the samples of a loaded image that has one channel of more than 8 bits, or signed: 0 black, 1 white.
+
+    Returns:
+        float32 (H, W); None for other images.
+
+    Raises:
+        NotRead: their range is not known.
+    """
+    if not (image.mode.startswith("I") or image.mode == "F" or header.form == "i1"):
+        return None
+    values = np.asarray(image)
+    if header.form:
+        values = values.view(header.form)
+    full = header.full or (65535 if image.mode.startswith("I;16") else _range(values))
+    if (low := values.min()) < 0:
+        raise NotRead(f"values from {low} to {values.max()}: expected none below 0: shift and {_SAVE}")
+    scaled = values * np.float32(1 / full)
+    return 1 - scaled if header.inverted else scaled
+
+
+def _range(values: np.ndarray) -> int:
+    """Return the smallest of the usual ranges, 0 to 1, 255, 65535 or all of an integer type, that holds all values."""
+    low, high = float(values.min()), float(values.max())
+    for full in (1, 255, 65535):
+        if low >= 0 and high <= full:  # false for NaN
+            return full
+    if values.dtype.kind in "iu" and low >= 0 and high > np.iinfo(values.dtype).max / 2:
+        return int(np.iinfo(values.dtype).max)
+    kind = f"{values.dtype.name} " if values.dtype.kind in "iu" else ""
+    raise NotRead(f"{kind}values from {low:g} to {high:g}: expected 0 to 1, 255 or 65535: rescale them and {_SAVE}")

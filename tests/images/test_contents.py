@@ -1,0 +1,115 @@
+"""Files that are no images, or not of a kind that is read, are named as what they are, with what mends it."""
+
+import io
+import shutil
+import struct
+import subprocess
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from imagefiles import file_of, quarters, refusal, rgb_of, write_png
+from PIL import Image, features
+
+from ibmd_cli.images.contents import EXPECTED
+
+
+def archive() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        file.writestr("a.png", b"x")
+    return content.getvalue()
+
+
+def media(brand: bytes) -> bytes:
+    return struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1" + brand + bytes(200)
+
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><path d="M1 1h7"/></svg>'
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
+# Content, what it is called, and the mend.
+OTHERS = {
+    "nothing": (b"", "not an image but an empty file (0 bytes)", "fetch or save it again"),
+    "zeros": (bytes(5000), "not an image but nothing but zeros", "fetch it again"),
+    "git-lfs": (LFS, "not an image but a git-lfs pointer", "git lfs pull"),
+    "svg": (SVG.encode(), "an SVG drawing", "rsvg-convert"),
+    "svg with its declaration": (b'<?xml version="1.0"?>\n<!-- made -->\n' + SVG.encode(), "an SVG drawing", "rsvg"),
+    "svg with a BOM": (b"\xef\xbb\xbf" + SVG.encode(), "an SVG drawing", "rsvg-convert"),
+    "html": (b"<!DOCTYPE html><html><body>404</body></html>", "not an image but an HTML page", "fetch the file itself"),
+    "html in capitals": (b"\n <HTML><HEAD></HEAD></HTML>", "not an image but an HTML page", "fetch the file itself"),
+    "heic": (media(b"heic"), "a HEIC image", "heif-convert"),
+    "heif of the other brand": (media(b"mif1"), "a HEIC image", "heif-convert"),
+    "cr3": (media(b"crx "), "a raw photo", "develop it"),
+    "mp4": (media(b"isom"), "not an image but a video", "ffmpeg -i"),
+    "zip": (archive(), "not an image but a ZIP archive", "unpack it"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(30), "not an image but a gzip archive", "unpack it"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "not an image but a PDF document", "pdftoppm -png"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0", "a PostScript drawing", "gs -sDEVICE"),
+    "photoshop": (b"8BPS\0\1" + bytes(40), "not an image but a Photoshop document", "export it as PNG"),
+    "jpeg xl": (b"\xff\x0a" + bytes(40), "a JPEG XL image", "convert it to PNG"),
+    "jpeg 2000": (file_of(quarters(), "JPEG2000"), "a JPEG 2000 image", "convert it to PNG"),
+    "icon": (file_of(quarters(), "ICO"), "a Windows icon", "convert it to PNG"),
+    "numpy": (b"\x93NUMPY\1\0v\0", "not an image but a NumPy array", "Image.fromarray"),
+    "text": (b"hello\n" * 2000, "not an image but a text file", EXPECTED),
+    "text beyond ASCII": ("für über ".encode() * 999, "not an image but a text file", EXPECTED),
+    "text in UTF-16": ("hello".encode("utf-16"), "not an image but a text file", EXPECTED),
+    "json": (b'{"error": "not found"}', "not an image but a JSON file", EXPECTED),
+    "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "not an image but an XML file", EXPECTED),
+    "unknown bytes": (bytes(range(128, 256)) * 9, "not an image, or a damaged one", EXPECTED),
+    "a program": (b"\x7fELF\2\1\1" + bytes(90), "not an image but a program", EXPECTED),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_content_is_named(kind):
+    content, what, mend = OTHERS[kind]
+    told = refusal(content)
+    assert told.startswith(f"some.png: {what}")
+    assert mend in told
+    assert "damaged or incomplete" not in told
+
+
+@pytest.mark.parametrize(
+    ("form", "count"), [("PNG", 8), ("JPEG", 2), ("GIF", 6), ("BMP", 2), ("TIFF", 8), ("WEBP", 20), ("AVIF", 30)]
+)
+def test_an_image_cut_in_its_header_is_called_incomplete(form, count):
+    told = refusal(file_of(quarters(), form)[:count])
+    assert "damaged or incomplete" in told
+    assert told.endswith("save it again")
+
+
+def test_jpeg_of_twelve_bits_and_of_two_channels():
+    content = bytearray(file_of(quarters(), "JPEG"))
+    at = content.index(b"\xff\xc0")
+    content[at + 4] = 12
+    assert "a JPEG image of a kind that cannot be read (cannot handle 12-bit layers)" in refusal(bytes(content))
+    content[at + 4], content[at + 9] = 8, 2
+    assert "cannot handle 2-layer images" in refusal(bytes(content))
+
+
+@pytest.mark.parametrize("chunk", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_text_too_large_is_named_and_its_mend_mends(chunk, tmp_path):
+    packed = zlib.compress(bytes(80_000_000))
+    body = b"Comment\0\1\0\0\0" + packed if chunk == b"iTXt" else b"Comment\0\0" + packed
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    content = write_png(pixels, 8, 2, (chunk, body))
+    told = refusal(content)
+    assert "a text or profile in it of more than 1 MB" in told
+    assert "copy or save it again" not in told
+    if shutil.which("pngfix") is None:
+        pytest.skip("no pngfix: apt-get install libpng-tools")
+    (tmp_path / "FILE").write_bytes(content)
+    command = told[told.index("pngfix --strip") :].split(" (")[0]
+    command = command.replace("unused", "color") if chunk == b"iCCP" else command
+    subprocess.run(command.split(), cwd=tmp_path, check=False)  # it ends with 1 where something was mended
+    assert np.array_equal(rgb_of((tmp_path / "OUT.png").read_bytes()), pixels)
+
+
+def test_a_format_that_this_pillow_cannot_read(monkeypatch):
+    """A Pillow without AVIF: the file is named, and so is the way."""
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    content = file_of(quarters(), "AVIF")
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    assert "an AVIF image, which this Pillow cannot read: convert it to PNG first" in refusal(content)
