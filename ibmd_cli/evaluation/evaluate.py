@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ import torch
 from ibmd_cli import __version__
 from ibmd_cli.data.pairs import Pairs, batches, open_pairs
 from ibmd_cli.devices import resolve_device
-from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.evaluation import pictures, summary
+from ibmd_cli.evaluation.config import BUILTIN, EvalConfig
 from ibmd_cli.evaluation.fid_reference import read_reference
 from ibmd_cli.evaluation.measure import Entry, Measurement, Parts, measure
 from ibmd_cli.evaluation.protocols import Protocol, find_protocol
@@ -37,72 +38,6 @@ from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.teachers import TeacherRef, load_teacher
 from ibmd_cli.processes import this_process
 from ibmd_cli.reporting import Reporter
-
-BUILTIN = "builtin:outline2emoji"
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What is evaluated, and how.
-
-    Attributes:
-        student: references of the students, or ("none",).
-        teacher: reference of the teacher, "none", or None for the one that the first student was distilled from.
-        teacher_nfe: numbers of network calls at which the teacher is sampled.
-        preset: alias of the published teacher that a checkpoint is like, where its contents cannot tell.
-        data: see `pairs.open_pairs`; None for the test pairs of the embedded teacher that is measured, or that the
-            student was distilled from.
-        samples: m, draws for each source (one for a model without randomness); None: 4, or 1 with a protocol.
-        batch_size: most images at a time.
-        seed: of all randomness.
-        device: name of the device.
-        out: folder for results.json, report and pictures, or None.
-        protocol: key of `protocols.protocols()`, or None.
-        metrics: keys of `METRICS`; empty for the protocol's, or for `DEFAULT`.
-        seeds: how many times all samples are drawn, with successive seeds.
-        weights: files and folders where weights of networks may be, see `weights.locate`.
-        fetch: download weights that are not there.
-        reference: images, or their statistics, that the FID compares with; None for the targets.
-        degrade: makes sources of clean images; None for what the protocol says, "none" for pairs.
-        masks: file of the free-form masks.
-        labels: CSV file of classes.
-        fit: "crop" brings images to the model's size; "none" refuses others.
-    """
-
-    student: tuple[str, ...] = (BUILTIN,)
-    teacher: str | None = None
-    teacher_nfe: tuple[int, ...] = (1, 5, 20, 100)
-    preset: str | None = None
-    data: str | None = None
-    samples: int | None = None
-    batch_size: int = 64
-    seed: int = 0
-    device: str = "auto"
-    out: Path | None = None
-    protocol: str | None = None
-    metrics: tuple[str, ...] = ()
-    seeds: int = 1
-    weights: tuple[Path, ...] = ()
-    fetch: bool = False
-    reference: Path | None = None
-    degrade: str | None = None
-    masks: str = ""
-    labels: str = ""
-    fit: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.student == ("none",) and self.teacher == "none":
-            raise UsageError("--student none --teacher none: nothing to evaluate: name one of them")
-        if len(set(self.student)) < len(self.student) or ("none" in self.student and len(self.student) > 1):
-            raise UsageError(f"--student {' --student '.join(self.student)}: expected different students")
-        if min(self.teacher_nfe, default=0) < 1:
-            raise UsageError(f"--teacher-nfe {min(self.teacher_nfe, default=0)}: expected at least 1")
-        for flag, value in (("samples", self.samples), ("batch-size", self.batch_size), ("seeds", self.seeds)):
-            if value is not None and value < 1:
-                raise UsageError(f"--{flag} {value}: expected at least 1")
-        for name in self.metrics:
-            if name not in METRICS:
-                raise UsageError(f"--metric {name}: no such metric: {nearest(name, METRICS)}")
 
 
 def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 from ibmd_cli.data.degradations import fill_hole
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.export.config import ExportConfig
 from ibmd_cli.export.demo_page import write_page
 from ibmd_cli.export.load import open_exported
 from ibmd_cli.export.program import Unrolled, export_program, noise_shapes
@@ -23,22 +23,6 @@ from ibmd_cli.files import atomic_file
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.folder import load_student, save_weights
 from ibmd_cli.models.model import Student
-
-
-class Format(NamedTuple):
-    """A file format: the ending of its names, and the dtypes that its weights may have."""
-
-    suffix: str
-    dtypes: tuple[str, ...]
-
-
-FORMATS = {
-    "safetensors": Format(".safetensors", ("fp32", "fp16", "bf16")),
-    "onnx": Format(".onnx", ("fp32", "fp16", "bf16", "int8")),
-    "torch-export": Format(".pt2", ("fp32", "fp16", "bf16")),
-    "web": Format(".html", ("fp32", "fp16", "int8")),
-}
-"""`web` is a page that holds the student as ONNX, see `web`."""
 
 
 class Tolerance(NamedTuple):
@@ -58,77 +42,6 @@ TOLERANCE = {
 
 PIXELS = 32 * 32 * 32  # in the images that are compared
 TIMED = 8  # images in the batch that is timed, at most
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """What is to be exported.
-
-    Attributes:
-        student: reference.
-        output: the file.
-        format: a key of `FORMATS`.
-        dtype: of the weights in the file, one of the format's. All formats compute in float32.
-        opset: version of ONNX's operators; None: see `onnx_graphs`.
-        noise_inside: noise is no input of the file (ONNX, PyTorch) but drawn in it.
-        overwrite: whether a file that is there may be replaced.
-        seed: of the noise of the comparison.
-    """
-
-    student: str
-    output: Path
-    format: str = "safetensors"
-    dtype: str = "fp32"
-    opset: int | None = None
-    noise_inside: bool = False
-    overwrite: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.format not in FORMATS:
-            raise UsageError(f"--format: {self.format!r} is not one of {', '.join(FORMATS)}")
-        suffix, dtypes = FORMATS[self.format]
-        if self.dtype not in dtypes:
-            raise UsageError(f"--dtype: {self.dtype!r} is not one of {', '.join(dtypes)}, which {self.format} has")
-        if self.output.suffix != suffix:
-            raise UsageError(f"--output {self.output}: expected a name that ends in {suffix} for {self.format}")
-        if self.opset is not None and self.format not in ("onnx", "web"):
-            raise UsageError(f"--opset {self.opset}: {self.format} has none; add --format onnx")
-        if self.noise_inside and self.format not in ("onnx", "torch-export"):
-            raise UsageError(f"--noise-inside: {self.format} has no noise inside; add --format onnx or torch-export")
-        if self.output.exists() and not self.overwrite:
-            raise UsageError(f"{self.output}: exists; give another --output, or --on-exists overwrite")
-
-
-def make_config(student: str, output: Path | None, format: str | None, dtype: str, **settings: Any) -> ExportConfig:
-    """Return what is to be exported. Without a format the output's name tells it; without either it is safetensors.
-
-    Raises:
-        UsageError: settings do not go together.
-    """
-    if format is None:
-        by_name = [name for name, row in FORMATS.items() if output is not None and output.suffix == row.suffix]
-        format = by_name[0] if by_name else "safetensors"
-    if output is None and format in FORMATS:
-        output = Path(f"{short_name(student)}-{dtype}{FORMATS[format].suffix}")
-    return ExportConfig(student, output or Path(), format, dtype, **settings)
-
-
-def every_format(student: str, folder: Path, **settings: Any) -> list[ExportConfig]:
-    """Return what `--all` writes: each format for programs with each dtype that it has, as NAME-DTYPE in a folder."""
-    name = short_name(student)
-    return [
-        ExportConfig(student, folder / f"{name}-{dtype}{row.suffix}", format, dtype, **settings)
-        for format, row in FORMATS.items()
-        if format != "web"
-        for dtype in row.dtypes
-    ]
-
-
-def short_name(reference: str) -> str:
-    """Return what files of a student are called: NAME of builtin:NAME, or the last part of a path."""
-    return Path(reference.rpartition(":")[2]).name
 
 
 class Exporter:
@@ -156,7 +69,7 @@ class Exporter:
             NotAvailable: what the format needs is not installed.
             IbmdError: the file does not agree with the student; it is not left behind.
         """
-        with atomic_file(config.output) as new, TemporaryDirectory() as folder:
+        with atomic_file(config.path) as new, TemporaryDirectory() as folder:
             file = Path(folder) / "student.onnx" if config.format == "web" else new
             self._write(config, file)
             report = compare(self.student, file, config.noise_inside, config.seed)

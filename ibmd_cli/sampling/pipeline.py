@@ -30,12 +30,12 @@ from ibmd_cli.images.grids import Sheet, thumbnail
 from ibmd_cli.processes import AllGather, connect, this_process
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.sampling.claims import Claims
-from ibmd_cli.sampling.plan import Job, SampleConfig, by_input, make_plan
+from ibmd_cli.sampling.config import STUDENT, SampleConfig
+from ibmd_cli.sampling.plan import Job, by_input, make_plan
 from ibmd_cli.sampling.read import Inputs
 from ibmd_cli.sampling.results import Appeared, DiskFull, Results, Stop
 from ibmd_cli.sampling.translator import Engine, Translator
 
-STUDENT = "builtin:outline2emoji"
 READERS, WRITERS = 4, 4  # threads, at most
 SLOW = 1.0  # seconds of the network for a picture, from which on it waits until that is written and reported
 T = TypeVar("T")

@@ -13,155 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path, PurePath
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import why
-from ibmd_cli.images.decode import MAX_PIXELS, shown
-from ibmd_cli.images.encode import LOSSY, OPAQUE, WRITABLE
+from ibmd_cli.images.decode import shown
+from ibmd_cli.images.encode import WRITABLE
 from ibmd_cli.images.find import find_images, find_matches
 from ibmd_cli.images.fit import Geometry
 from ibmd_cli.images.tiles import Tiles
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """What `ibmd sample` is asked for.
-
-    Attributes:
-        inputs: files, folders, globs, or "-" (image bytes on stdin).
-        files_from: file with a list of files and folders, one a line; "-": stdin.
-        null: paths of that list end in NUL, not in a new line.
-        output: a file (if it ends as an image does), a folder, "-" (image bytes on stdout), or None: beside the input.
-        format: of the outputs, an ending that `WRITABLE` knows, without its dot; None: what the name of `output` says,
-            or PNG.
-        quality: 1 … 100, of a lossy format; None for its default.
-        student: reference; None for the embedded one. Not together with `teacher`.
-        teacher: reference of a teacher to translate with instead.
-        preset: alias of the published teacher that a file is, where its content cannot tell.
-        head_channels: width of an attention head, where such a file differs from its family.
-        attention_order: "new" or "legacy", likewise.
-        sampler: of the teacher; None for its own.
-        sampler_options: of the sampler, "KEY=VALUE" each.
-        nfe: network calls per image; None for what the model says.
-        label: class: a number, or a CSV file with lines PATH,CLASS.
-        mask: "center", a file, or a folder with a mask for each input; white is the hole.
-        degrade: inputs are clean, and degraded first, see `degradations.DEGRADATIONS`.
-        alpha: "white", "drop" or "keep", see `decoding.decode`.
-        recursive: search folders in folders.
-        on_exists: "error", "skip" or "overwrite".
-        fit: "pad", "stretch", "crop" or "tile", see `images.fit`.
-        restore_size: give results the size of their inputs; otherwise they have the model's.
-        variants: pictures per input, each from noise of its own.
-        grid: file of a contact sheet of sources and results.
-        seed: of all noise.
-        batch_size: images in the network at once. On a CPU, the model's image size decides alone.
-        max_pixels: larger inputs are refused.
-        device: see `devices.resolve_device`.
-        fail_fast: stop at the first image that fails.
-        as_json: on stdout, a JSON object for each picture instead of its path.
-        print0: paths on stdout end in NUL, not in a new line.
-    """
-
-    inputs: tuple[str, ...] = ()
-    files_from: str | None = None
-    null: bool = False
-    output: str | None = None
-    format: str | None = None
-    quality: int | None = None
-    student: str | None = None
-    teacher: str | None = None
-    preset: str | None = None
-    head_channels: int | None = None
-    attention_order: str | None = None
-    sampler: str | None = None
-    sampler_options: tuple[str, ...] = ()
-    nfe: int | None = None
-    label: str | None = None
-    mask: str | None = None
-    degrade: str | None = None
-    alpha: str = "white"
-    recursive: bool = False
-    on_exists: str = "error"
-    fit: str = "pad"
-    restore_size: bool = False
-    variants: int = 1
-    grid: str | None = None
-    seed: int = 0
-    batch_size: int = 16
-    max_pixels: int = MAX_PIXELS
-    device: str = "auto"
-    fail_fast: bool = False
-    as_json: bool = False
-    print0: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be meant together."""
-        if not self.inputs and self.files_from is None:
-            raise UsageError("no input: give files, folders or globs, or - for an image on stdin: --input drawing.png")
-        if "-" in self.inputs and self.files_from == "-":
-            raise UsageError("--input - and --files-from -: stdin is an image or a list; give the list as a file")
-        if "-" in self.inputs and (kind := _no_pipe(sys.stdin)):
-            raise UsageError(f"--input -: stdin is {kind}; pipe an image in: ibmd sample --input - < drawing.png")
-        if self.files_from == "-" and (kind := _no_pipe(sys.stdin)):
-            raise UsageError(f"--files-from -: stdin is {kind}; pipe paths in: find . -print0 | ibmd sample …")
-        if self.null and self.files_from is None:
-            raise UsageError("--null: says how the list of --files-from is separated; for paths on stdout: --print0")
-        if self.student is not None and self.teacher is not None:
-            raise UsageError("--student and --teacher: only one of them translates; run the command once for each")
-        for option in ("preset", "head_channels", "attention_order", "sampler", "sampler_options"):
-            if getattr(self, option) and self.teacher is None:
-                flag = option.replace("_", "-").replace("options", "option")
-                raise UsageError(f"--{flag}: is for a teacher; give --teacher, too")
-        if self.to_stdout and self.as_json:
-            raise UsageError("--json: image bytes already go to stdout; give --output FILE")
-        if self.print0 and self.as_json:
-            raise UsageError("--print0: ends paths in NUL, and --json prints none; leave one of them out")
-        if self.to_stdout and (kind := _no_pipe(sys.stdout)):
-            raise UsageError(f"stdout is {kind}: expected a file for the image bytes; give --output FILE")
-        self._check_format()
-
-    def _check_format(self) -> None:
-        known = ", ".join(suffix[1:] for suffix in WRITABLE)
-        if self.format is not None and f".{self.format}" not in WRITABLE:
-            raise UsageError(f"--format {self.format}: expected one of {known}")
-        if self.output not in (None, "-") and not _is_folder(str(self.output)):
-            ending = PurePath(str(self.output)).suffix
-            if self.format and WRITABLE.get(ending.lower()) != WRITABLE[f".{self.format}"]:
-                raise UsageError(f"--output {shown(str(self.output))}: ends in {ending}, but --format is {self.format}")
-        if self.suffix not in WRITABLE:
-            return  # told with the inputs in view
-        form = WRITABLE[self.suffix][0]
-        Image.init()
-        if form not in Image.SAVE:
-            raise UsageError(f"{form}: this Pillow cannot write it; choose another --format")
-        if self.quality is not None and self.suffix not in LOSSY:
-            raise UsageError(f"--quality {self.quality}: {form} has none; with --format {', '.join(LOSSY)} it has")
-        if self.alpha == "keep" and self.suffix in OPAQUE:
-            raise UsageError(f"--alpha keep: {form} holds no transparency; choose --format png or --alpha white")
-
-    @property
-    def suffix(self) -> str:
-        """Ending of the outputs' names, in lower case."""
-        if self.format is not None:
-            return f".{self.format}"
-        if self.output in (None, "-") or _is_folder(str(self.output)):
-            return ".png"
-        return PurePath(str(self.output)).suffix.lower()
-
-    @property
-    def to_stdout(self) -> bool:
-        """Whether image bytes go to stdout: asked for, or nothing was and the image comes from stdin."""
-        return self.output == "-" or (self.output is None and "-" in self.inputs)
-
-
-def _no_pipe(stream: TextIO | None) -> str:
-    """Say why a stream can carry no bytes; nothing if it can."""
-    return "closed" if stream is None else "a terminal" if stream.isatty() else ""
-
+from ibmd_cli.sampling.config import SampleConfig, is_folder
 
 LATER: Any = None
 """Stands for what a later step fills in."""
@@ -264,7 +128,7 @@ def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Pla
     plan = Plan()
     found = list(_find(config, plan))
     _check_output(found, config)
-    folder = config.output is not None and _is_folder(config.output)
+    folder = config.output is not None and is_folder(config.output)
     variants = range(1, config.variants + 1)
     plan.jobs = [replace(job, variant=v, output=_output(job, v, config, folder)) for job in found for v in variants]
     if config.to_stdout:
@@ -377,17 +241,13 @@ def _check_output(found: Sequence[Job], config: SampleConfig) -> None:
             raise UsageError(f"{images}, {variants}: stdout takes one picture; give --output FOLDER/")
     elif config.output is not None:
         output, name = Path(config.output), shown(config.output)
-        if _is_folder(config.output):
+        if is_folder(config.output):
             if os.path.lexists(output) and not os.path.isdir(output):
                 raise UsageError(f"--output {name}: is a file; expected a folder, or a name with {endings}")
         elif output.suffix.lower() not in WRITABLE:
             raise UsageError(f"--output {name}: expected a name with {endings}, or a folder with / at its end")
         elif len({(job.source, job.place) for job in found}) > 1:
             raise UsageError(f"--output {name}: one file for {len(found)} images; give a folder with / at its end")
-
-
-def _is_folder(output: str) -> bool:
-    return output.endswith(("/", os.sep)) or os.path.isdir(output) or not PurePath(output).suffix
 
 
 def _output(job: Job, variant: int, config: SampleConfig, folder: bool) -> Path | None:

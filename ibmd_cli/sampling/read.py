@@ -15,7 +15,8 @@ from ibmd_cli.files import why
 from ibmd_cli.images.decode import Picture, decode, read_picture, shown
 from ibmd_cli.images.grids import thumbnail
 from ibmd_cli.sampling.claims import Claims
-from ibmd_cli.sampling.plan import Job, SampleConfig
+from ibmd_cli.sampling.config import SampleConfig
+from ibmd_cli.sampling.plan import Job
 from ibmd_cli.sampling.translator import Translator
 
 

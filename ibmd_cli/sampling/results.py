@@ -9,7 +9,8 @@ from pathlib import Path
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.images.decode import shown
 from ibmd_cli.reporting import Meter, Reporter
-from ibmd_cli.sampling.plan import Job, SampleConfig
+from ibmd_cli.sampling.config import SampleConfig
+from ibmd_cli.sampling.plan import Job
 
 
 class Appeared(IbmdError):

@@ -209,11 +209,14 @@ def test_another_runtime_is_refused(small_runtime: dict[str, bytes], cache: Path
 @pytest.fixture(scope="module")
 def page(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of the embedded student."""
-    from ibmd_cli.export.exporter import Exporter, make_config
+    from ibmd_cli.export.config import ExportConfig
+    from ibmd_cli.export.exporter import Exporter
 
     file = tmp_path_factory.mktemp("web") / "page.html"
     try:  # fp16, as the embedded weights are
-        Exporter("builtin:outline2emoji").export(make_config("builtin:outline2emoji", file, "web", "fp16"))
+        Exporter("builtin:outline2emoji").export(
+            *ExportConfig("builtin:outline2emoji", output=file, dtype="fp16").files()
+        )
     except NotAvailable as error:
         pytest.skip(str(error))
     return file

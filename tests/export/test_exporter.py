@@ -15,7 +15,8 @@ import ibmd_cli.export.onnx
 import ibmd_cli.export.program
 from ibmd_cli.cli import app
 from ibmd_cli.errors import IbmdError
-from ibmd_cli.export.exporter import FORMATS, Tolerance, make_config
+from ibmd_cli.export.config import FORMATS, ExportConfig
+from ibmd_cli.export.exporter import Tolerance
 from ibmd_cli.export.load import load_exported, open_exported
 from ibmd_cli.models.folder import load_model
 
@@ -125,21 +126,20 @@ def test_noise_inside(tmp_path: Path, suffix: str):
 
 def test_format_is_told_by_the_name():
     for format, row in FORMATS.items():
-        assert make_config("runs/mine", Path(f"student{row.suffix}"), None, "fp32").format == format
-        assert make_config("builtin:outline2emoji", None, format, "fp16").output == Path(
-            f"outline2emoji-fp16{row.suffix}"
-        )
-    assert make_config("runs/mine", None, None, "fp32").output == Path("mine-fp32.safetensors")
+        assert ExportConfig("runs/mine", output=Path(f"student{row.suffix}")).files()[0].format == format
+        (file,) = ExportConfig("builtin:outline2emoji", format=format, dtype="fp16").files()
+        assert file.output == Path(f"outline2emoji-fp16{row.suffix}")
+    assert ExportConfig("runs/mine").files()[0].output == Path("mine-fp32.safetensors")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype", "fp8"], "--dtype: 'fp8' is not one of fp32, fp16, bf16"),
-        (["--dtype", "int8"], "--dtype: 'int8' is not one of fp32, fp16, bf16, which safetensors has"),
+        (["--dtype", "fp8"], "--dtype fp8: expected fp32, fp16, bf16 or int8"),
+        (["--dtype", "int8"], "--dtype int8: is not one of fp32, fp16, bf16, which safetensors has"),
         (["--output", "student.bin"], "expected a name that ends in .safetensors"),
         (["--format", "onnx"], "expected a name that ends in .onnx for onnx"),
-        (["--format", "tflite"], "--format: 'tflite' is not one of safetensors, onnx, torch-export"),
+        (["--format", "tflite"], "--format tflite: expected safetensors, onnx, torch-export or web"),
         (["--opset", "20"], "--opset 20: safetensors has none"),
         (["--opset", "99", "--output", "student.onnx"], "--opset 99: expected 18 to 20"),
         (["--noise-inside"], "--noise-inside: safetensors has no noise inside"),

@@ -14,8 +14,8 @@ from PIL import Image
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.images.decode import decode, own_limits
 from ibmd_cli.reporting import Reporter
+from ibmd_cli.sampling.config import SampleConfig
 from ibmd_cli.sampling.pipeline import sample
-from ibmd_cli.sampling.plan import SampleConfig
 
 SECONDS = 20  # for one file, on a machine that does other things, too
 MAX_PIXELS = 1_000_000

@@ -24,8 +24,8 @@ from ibmd_cli.models.folder import load_model, load_student
 from ibmd_cli.models.published import Checkpoint
 from ibmd_cli.models.teachers import list_teachers, load_teacher, recognise
 from ibmd_cli.networks.unet import UNet, UNetConfig
+from ibmd_cli.sampling.config import SampleConfig
 from ibmd_cli.sampling.pipeline import _load
-from ibmd_cli.sampling.plan import SampleConfig
 
 PUBLISHED = {  # alias: family of the parity set, container, options
     "ddbm-edges2handbags": ("ddbm_vp", published.ddbm, None),

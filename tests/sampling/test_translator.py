@@ -336,8 +336,8 @@ def test_damaged_and_large_images_from_python(student, drawings):
 
 def test_images_become_what_the_command_makes_of_them(student, drawings, tmp_path, capfdbinary):
     from ibmd_cli.reporting import Reporter
+    from ibmd_cli.sampling.config import SampleConfig
     from ibmd_cli.sampling.pipeline import sample
-    from ibmd_cli.sampling.plan import SampleConfig
 
     assert sample(SampleConfig(inputs=(str(drawings),), output=str(tmp_path / "out")), Reporter(quiet=True)) == 0
     files = sorted(drawings.iterdir())

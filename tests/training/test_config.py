@@ -83,10 +83,13 @@ def test_presets_are_the_rows_of_the_paper(row: tuple):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"steps": 0}, "--steps: 0 is too small"),
-        ({"lr": -1.0}, "--lr: -1.0 must be greater than 0"),
-        ({"precision": "fp8"}, "--precision: 'fp8' is not one of fp32, bf16, fp16"),
-        ({"ema": 1.0}, "--ema: 1.0"),
+        ({"steps": 0}, "--steps 0: expected a whole number of at least 1"),
+        ({"lr": -1.0}, "--lr -1.0: expected a number above 0"),
+        ({"lr": float("inf")}, "--lr inf: expected a number above 0"),
+        ({"bridge_lr": "nan"}, "--bridge-lr nan: expected a number above 0"),
+        ({"precision": "fp8"}, "--precision fp8: expected fp32, bf16 or fp16"),
+        ({"ema": 1.0}, "--ema 1.0: expected a number of at least 0 and below 1"),
+        ({"micro_batch": "most"}, "--micro-batch most: expected a whole number of at least 0 or auto"),
     ],
 )
 def test_values_out_of_range(flags: dict, message: str):
@@ -98,9 +101,12 @@ def test_values_out_of_range(flags: dict, message: str):
     ("text", "message"),
     [
         ("stepz = 1", "no setting 'stepz'; did you mean 'steps'"),
-        ('steps = "many"', "--steps .*'many' is not of type int"),
-        ("steps = 1.5", "is not of type int"),
-        ("betas = [1]", "--betas"),
+        ("learning_rate = 1", "no setting 'learning_rate'; did you mean 'lr'"),
+        ('steps = "many"', "steps = 'many': expected a whole number"),
+        ("steps = 1.5", "steps = 1.5: expected a whole number"),
+        ("steps = true", "steps = True: expected a whole number"),
+        ("lr = inf", "lr = inf: expected a number above 0"),
+        ("betas = [1]", "betas = .*: expected numbers"),
         ("steps = [", "cannot be read"),
     ],
 )
