@@ -109,7 +109,8 @@ class Setting:
         """The values that are allowed, in words."""
         words = list(filter(None, self.choices))
         if set(self.kinds) & {int, float}:
-            number = "numbers" if self.several else "a whole number" if int in self.kinds else "a number"
+            whole = "whole " if int in self.kinds else ""
+            number = f"{whole}numbers" if self.several else f"a {whole}number"
             low, high = self.at_least if self.above is None else self.above, self.at_most
             more = (
                 f" of at least {low:g}" if self.at_least is not None else f" above {low:g}" if low is not None else ""
@@ -134,9 +135,8 @@ class Setting:
         """
         try:
             if self.several:
-                commas = commas or self.commas or self.kinds[0] in (int, float)
                 items = [value] if isinstance(value, str | int | float | Path) else list(value)
-                if commas:
+                if self.commas or self.kinds[0] in (int, float) or (commas and isinstance(value, str)):
                     items = [word for item in items for word in (item.split(",") if isinstance(item, str) else [item])]
                     items = [word.strip() if isinstance(word, str) else word for word in items]
                 kinds = self.kinds
@@ -335,7 +335,7 @@ def _plain(value: Any) -> Any:
 
 
 def _spelled(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return (",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)) or "''"
 
 
 def _typed(kinds: list[Any], value: Any) -> Any:

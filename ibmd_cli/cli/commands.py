@@ -115,7 +115,7 @@ class Group(_Refusing, TyperGroup):
         known = self.commands
         if args and args[0] not in known and not args[0].startswith("-"):
             near = _COMMANDS_MEANT.get(args[0]) or next(iter(difflib.get_close_matches(args[0], known, n=1)), None)
-            hint = f"did you mean ibmd {near}?" if near else f"expected {', '.join(known)}"
+            hint = f"did you mean ibmd {near}?" if near else f"expected {', '.join(ORDER)}"
             raise UsageError(f"{args[0]}: no such command; {hint}")
         return super().resolve_command(ctx, args)
 
@@ -153,7 +153,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Type first, each takes a minute or two, offline:\n"
-    "  ibmd distill\n  ibmd sample --input drawing.png --student runs/outline2emoji\n"
+    "  ibmd distill\n  ibmd sample drawing.png --student runs/outline2emoji\n"
     "Flags and examples of a command:\n  ibmd sample --help",
 )
 

@@ -29,7 +29,10 @@ class Option(NamedTuple):
             "" if one.switch else one.metavar or ("N" if int in one.kinds else "X" if float in one.kinds else "NAME")
         )
         default = one.shown or _default(one)
-        return cls(f"{', '.join(flags)} {value}".rstrip(), one.help + (f" (default: {default})" if default else ""))
+        help = one.help
+        if default:
+            help = f"{help[:-1]}; default: {default})" if help.endswith(")") else f"{help} (default: {default})"
+        return cls(f"{', '.join(flags)} {value}".rstrip(), help)
 
 
 def _default(one: Setting) -> str:
@@ -60,8 +63,7 @@ def write_help(
         return line if plain else f"\033[{code}m{line}\033[0m"
 
     lines = [styled("Usage: ", "1") + usage, ""]
-    for paragraph in " ".join(text.split()).replace(". ", ".\n", 0).split("\n"):
-        lines += textwrap.wrap(paragraph, width, break_on_hyphens=False)
+    lines += textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
     for heading, options in panels.items():
         lines += ["", styled(heading, "1")]
         for name, help in options:
@@ -69,7 +71,7 @@ def write_help(
             first, *rest = textwrap.wrap(help, width - column, break_on_hyphens=False) or [""]
             if len(name) + 4 > column:
                 lines.append("  " + styled(name, "36"))
-                name, rest, first = "", rest, first
+                name = ""
             lines.append("  " + (styled(name, "36") if name else "") + " " * (column - 2 - len(name)) + first)
             lines += [" " * column + line for line in rest]
     for note in notes:

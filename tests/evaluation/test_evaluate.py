@@ -316,7 +316,7 @@ def test_absent_things_are_named(tmp_path: Path):
         (["--metric", "psnrr"], "--metric psnrr: no such metric: nearest: psnr"),
         (["--protocol", "ddbm"], "--protocol ddbm: no such protocol: nearest: ddbm-"),
         (["--teacher-nfe", 0], "--teacher-nfe 0"),
-        (["--teacher-nfe", "1,five"], "--teacher-nfe 'five': expected whole numbers, e.g. --teacher-nfe 1,20"),
+        (["--teacher-nfe", "1,five"], "--teacher-nfe five: expected whole numbers of at least 1"),
         (["--teacher-nfe", "1,"], "--teacher-nfe '': expected whole numbers"),
         (["--metric", "psnr,ssimm"], "--metric ssimm: no such metric: nearest: ssim"),
         (["--batch-size", 0], "--batch-size 0"),
