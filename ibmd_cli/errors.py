@@ -28,5 +28,6 @@ class NotAvailable(IbmdError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the known names that are most like `name`, or all of them, for a message."""
-    names = list(known)
-    return "nearest: " + ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names)
+    names = {one.lower(): one for one in known}
+    alike = [name.lower()] if name.lower() in names else difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    return "nearest: " + ", ".join(names[one] for one in alike or names)

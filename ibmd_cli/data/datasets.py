@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -323,14 +324,25 @@ def _refuse_pairs_below(reference: str, path: Path, files: Sequence[Path]) -> No
 
 
 def _partners(reference: str, path: Path, listed: Mapping[str, Sequence[Path]]) -> dict[str, list[Path]]:
-    """Sort the files of source/ and target/ by their names, which must be equal."""
+    """Sort the files of source/ and target/ by their names: equal ones, or such as differ in the ending alone."""
+    if empty := [path / side for side in SIDES if not listed[side]]:
+        raise NotAvailable(f"--data {reference}: no images in {' and '.join(map(str, empty))}")
     files = {side: {within(file, path / side): file for file in listed[side]} for side in SIDES}
-    both = files[SOURCE].keys() & files[TARGET].keys()
-    lone = [f"{side}/{shown(name)}" for side in SIDES for name in sorted(files[side].keys() - both)]
+    stems = {side: defaultdict[str, list[str]](list) for side in SIDES}
+    for side in SIDES:
+        for name in files[side]:
+            stems[side][os.path.splitext(name)[0]].append(name)
+    partner = {name: name for name in files[SOURCE].keys() & files[TARGET].keys()}
+    for stem, names in stems[SOURCE].items():
+        if len(names) == len(stems[TARGET].get(stem, ())) == 1:
+            partner[names[0]] = stems[TARGET][stem][0]
+    left = {SOURCE: files[SOURCE].keys() - partner.keys(), TARGET: files[TARGET].keys() - set(partner.values())}
+    lone = [f"{side}/{shown(name)}" for side in SIDES for name in sorted(left[side])]
     if lone:
         more = f" and {len(lone) - 5} more" if len(lone) > 5 else ""
         raise IbmdError(f"--data {reference}: no partner of equal name for {', '.join(lone[:5])}{more}")
-    return {side: [files[side][name] for name in sorted(both)] for side in SIDES}
+    sources = sorted(partner)
+    return {SOURCE: [files[SOURCE][n] for n in sources], TARGET: [files[TARGET][partner[n]] for n in sources]}
 
 
 def parse_hf_data(reference: str) -> dict[str, str | None]:

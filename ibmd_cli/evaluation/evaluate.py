@@ -1,19 +1,18 @@
 """`ibmd eval`: students against their teacher on held-out pairs, with the same code, inputs and noise.
 
 Every model translates the same sources; samples become uint8, as a saved image would be, before anything is measured.
-Models take turns batch by batch, so that a change in the machine's load meets all of them, and the noise of an image
-depends on seed, name and sample alone. What was measured of a batch is a file (`measuring`), so that an interrupted
-evaluation continues and several processes share the work; `scoring` makes the results of all files.
+Models take turns call by call, so that a change in the machine's load meets all of them, and the noise of an image
+depends on seed, name and sample alone. What was measured of a batch is a file (`measure.Parts`), so that an interrupted
+evaluation continues and several processes share the work; `summary` makes the results of all files.
 """
 
+import errno
 import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ from ibmd_cli.metrics.scores import DEFAULT, METRICS
 from ibmd_cli.metrics.weights import check_given, locate
 from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.teachers import TeacherRef, load_teacher
-from ibmd_cli.processes import this_process
-from ibmd_cli.reporting import Reporter
+from ibmd_cli.processes import connect, this_process
+from ibmd_cli.reporting import Reporter, counted
 
 
 def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
@@ -57,7 +56,8 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         UsageError: a setting that does not go with the others.
         IbmdError: pairs that do not match or are too few, images of another size than the models', `out` in use.
     """
-    rank, count = (process := this_process()).rank, process.count
+    process = this_process()
+    rank, count = process.rank, process.count
     if count > 1 and config.out is None:
         raise UsageError("--processes: several processes need --out FOLDER, where they put what they measure")
     if config.out is not None and rank == 0:
@@ -86,26 +86,17 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     if config.reference is not None and "fid" in names and rank == 0:
         reference = read_reference(config.reference, networks["inception"], reporter)
     rows = batches(len(pairs.names), config.batch_size)
-    plan = {
-        "ibmd_version": __version__,
-        "rows": [[e.kind, e.reference, e.sha256, e.nfe, e.samples] for e in entries],
-        "data": [data, pairs.digest, pairs.degradation, config.fit, config.masks, config.labels],
-        "batches": len(rows),
-        "networks": {name: network.about + network.weights for name, network in networks.items()},
-        "measurement": asdict(measurement),
-    }
-    with _together(count), _parts(config.out, json.loads(json.dumps(plan)), rank) as parts:
-        _wait(count)
-        reporter.note(f"evaluating on {len(pairs.names)} pairs of {data}, device {device}")
+    settings = {**_settings(config, data, pairs, entries, samples, device), "batch_size": len(rows[0])}
+    settings["processes"] = count
+    plan = _plan(config, settings, entries, pairs, networks, measurement)
+    with connect() as all_gather, _parts(config.out, plan, len(rows), rank) as parts:
+        all_gather(None)  # the first process has begun the folder
+        reporter.note(f"evaluating on {counted(len(pairs.names), 'pair')} of {data}, device {device}")
         measure(entries, pairs, rows, networks, measurement, parts, device, reporter, rank, count)
-        _wait(count)
+        all_gather(None)  # all parts are there
         if rank > 0:
             return {}
-        context = {
-            "command": shlex.join(["ibmd", *sys.argv[1:]]),
-            "settings": _settings(config, data, pairs, entries, samples, device, count, len(rows[0])),
-            "left_out": left_out,
-        }
+        context = {"command": shlex.join(["ibmd", *sys.argv[1:]]), "settings": settings, "left_out": left_out}
         results, terms = summary.summarise(
             entries, pairs.names, measurement, networks, parts, context, protocol, reference
         )
@@ -115,14 +106,43 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
             results |= pictures.write(config.out, chosen, terms, entries, pairs, measurement, device)
             summary.write_scores(config.out / "scores.csv", pairs.names, terms)
             with atomic_file(config.out / "results.json") as new:
-                new.write_text(
-                    json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-                    encoding="utf-8",
-                    errors="backslashreplace",
-                )
+                text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+                new.write_text(text, encoding="utf-8", errors="backslashreplace")
             write_report(config.out, results)
             reporter.note(f"wrote {config.out / 'report.html'}, with results.json and pictures beside it")
         return results
+
+
+def _plan(
+    config: EvalConfig,
+    settings: Mapping[str, Any],
+    entries: list[Entry],
+    pairs: Pairs,
+    networks: Mapping[str, Network],
+    measurement: Measurement,
+) -> dict[str, Any]:
+    """Return all that measured parts depend on: the value of each flag, then what the flags name."""
+    teachers = [entry for entry in entries if entry.kind == "teacher"]
+    return {
+        "--student": [entry.reference for entry in entries if entry.kind == "student"],
+        "--teacher": teachers[0].reference if teachers else "none",
+        "--teacher-nfe": [entry.nfe for entry in teachers],
+        "--data": settings["data"],
+        "--degrade": settings["degrade"],
+        "--masks": config.masks,
+        "--labels": config.labels,
+        "--fit": config.fit,
+        "--protocol": config.protocol,
+        "--metric": list(measurement.metrics),
+        "--samples": settings["samples"],
+        "--seeds": config.seeds,
+        "--seed": config.seed,
+        "--batch-size": min(config.batch_size, settings["images"]),
+        "version of ibmd": __version__,
+        "files in --data": pairs.digest,
+        "weights of the models": [entry.sha256 for entry in entries],
+        "weights of the networks": {name: network.about + network.weights for name, network in networks.items()},
+    }
 
 
 def _spelled(results: Any) -> Any:
@@ -141,8 +161,6 @@ def _settings(
     entries: list[Entry],
     samples: int,
     device: torch.device,
-    processes: int,
-    batch_size: int,
 ) -> dict[str, Any]:
     """Return the settings that the results are of."""
     return {
@@ -154,8 +172,6 @@ def _settings(
         "seeds": config.seeds,
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "processes": processes,
-        "batch_size": batch_size,
         "protocol": config.protocol,
         "reference": None if config.reference is None else str(config.reference),
         "degrade": pairs.degradation or None,
@@ -195,6 +211,21 @@ def load_entries(config: EvalConfig, samples: int, device: torch.device, reporte
                 )
         for nfe in sorted({teacher.network_calls(nfe) for nfe in config.teacher_nfe}):
             entries.append(Entry(teacher, "teacher", reference, digest, nfe, samples if nfe > 1 else 1))
+    _check_entries(entries)
+    for entry in entries:
+        entry.model.to(device)
+    return entries
+
+
+def _check_entries(entries: list[Entry]) -> None:
+    """Refuse a student that is named twice, and models that do not take the same images."""
+    files: dict[Path, str] = {}
+    for entry in (entry for entry in entries if entry.kind == "student" and entry.model.weights):
+        if before := files.get(file := Path(str(entry.model.weights)).resolve()):
+            raise UsageError(
+                f"--student {before} --student {entry.reference}: expected different students, both are {file.parent}"
+            )
+        files[file] = entry.reference
     first = entries[0].model
     for entry in entries:
         if (other := entry.model.image_size) != first.image_size:
@@ -203,8 +234,6 @@ def load_entries(config: EvalConfig, samples: int, device: torch.device, reporte
         for key in ("classes", "mask"):
             if bool(entry.model.config[key]) != bool(first.config[key]):
                 raise IbmdError(f"{entry.reference}: with {key}, or without, unlike {entries[0].reference}")
-        entry.model.to(device)
-    return entries
 
 
 def _own_data(entries: list[Entry]) -> str:
@@ -257,8 +286,8 @@ def choose_metrics(
         reason in one line.
 
     Raises:
-        NotAvailable: a network of the extra `eval` is not installed, or nothing is left.
-        IbmdError: too few images for a metric that was asked for by its name.
+        NotAvailable: weights that a metric needs are not here, or nothing is left to measure.
+        IbmdError: a metric that was asked for by its name cannot be measured.
     """
     asked = config.metrics or (protocol.metrics if protocol else DEFAULT)
     size, mode = entries[0].model.image_size, protocol.inception if protocol else "tensorflow"
@@ -267,85 +296,72 @@ def choose_metrics(
     def find(file: str) -> Path:
         return locate(file, config.weights, config.fetch, reporter.quiet)
 
+    def load(network: str) -> None:
+        if network not in networks:
+            networks[network] = load_network(network, device, mode, enlarge, find)
+        if size < (smallest := networks[network].smallest):
+            raise IbmdError(f"needs images of at least {smallest} pixels, the model's have {size}")
+
     names, networks, left_out = [], dict[str, Network](), dict[str, str]()
     for name in (name for name in METRICS if name in asked):
-        metric = METRICS[name]
-        reason = _hindrance(name, len(pairs.names), size, samples, pairs.classes)
-        if reason and len(pairs.names) < metric.needs and (name in config.metrics or name in DEFAULT):
-            raise IbmdError(f"{config.data or 'the data'}: {reason}")
-        if not reason and metric.network and metric.network not in networks:
-            try:
-                networks[metric.network] = load_network(metric.network, device, mode, enlarge, find)
-            except NotAvailable as error:
-                if metric.network == "efflite0":
-                    raise
-                reason = str(error)
-            else:
-                if size < networks[metric.network].smallest:
-                    reason = f"needs images of at least {networks.pop(metric.network).smallest} pixels"
-        if reason:
-            left_out[name] = reason
-            reporter.note(f"left out: {name}: {reason}")
+        try:
+            _check_metric(name, len(pairs.names), size, samples, pairs.classes)
+            if METRICS[name].network:
+                load(METRICS[name].network)
+        except IbmdError as error:
+            if name in config.metrics:
+                raise type(error)(f"--metric {name}: {error}; or leave {name} out") from error
+            left_out[name] = str(error)
         else:
             names.append(name)
+    for reason in dict.fromkeys(left_out.values()):
+        reporter.note(f"left out: {', '.join(name for name, why in left_out.items() if why == reason)}: {reason}")
     if not names:
         raise NotAvailable(f"nothing is left to measure: {'; '.join(f'{n}: {why}' for n, why in left_out.items())}")
-    return names, networks, left_out
+    used = {METRICS[name].network for name in names}
+    return names, {name: network for name, network in networks.items() if name in used}, left_out
 
 
-def _hindrance(name: str, images: int, size: int, samples: int, classes: bool) -> str | None:
-    """Say why a score cannot be measured on these data."""
-    needs = METRICS[name].needs
-    if images < needs:
-        return f"{images} pairs are too few for {name}: {needs} are needed"
+def _check_metric(name: str, images: int, size: int, samples: int, classes: bool) -> None:
+    """Raise an IbmdError if a score cannot be measured on these data."""
+    if images < (needs := METRICS[name].needs):
+        few = f"{counted(images, 'pair')} {'is' if images == 1 else 'are'} too few: {needs} are needed"
+        raise IbmdError(f"{few}, give --data with more")
     if name in ("energy_score", "diversity") and samples < 2:
-        return f"{name} needs --samples 2 or more"
+        raise IbmdError("needs several samples of each source: give --samples 2 or more")
     if name == "ssim" and size < 11:
-        return "ssim needs images of at least 11 pixels"
+        raise IbmdError(f"needs images of at least 11 pixels, the model's have {size}")
     if name == "resnet50_accuracy" and not classes:
-        return "the true classes are not known: give --labels FILE, or clean images in a folder for each class"
-    return None
+        raise IbmdError("the true classes are not known: give --labels FILE, or images in a folder for each class")
 
 
 # ------------------------------------------------------------------------------------------------- parts, processes
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a folder that holds something else than a part of an evaluation."""
+    """Refuse a folder that holds something else than a part of an evaluation, or that cannot be written."""
     if (out / "results.json").is_file() and not (out / "parts").is_dir():
-        raise IbmdError(f"{out}: holds a finished evaluation (results.json); give another --out, or remove it")
+        raise IbmdError(f"--out {out}: holds a finished evaluation (results.json); give another --out, or remove it")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "parts").is_dir())):
-        raise IbmdError(f"{out}: exists and is not an empty folder; give another --out")
+        raise IbmdError(f"--out {out}: exists and is not an empty folder; give another --out")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        reason = "" if error.errno == errno.ENOENT else f" ({error.strerror})"  # what a virtual file system says
+        raise IbmdError(f"--out {out}: nothing can be written in {there}{reason}; give another --out") from error
 
 
 @contextmanager
-def _parts(out: Path | None, plan: dict[str, Any], rank: int) -> Iterator[Parts]:
+def _parts(out: Path | None, plan: dict[str, Any], count: int, rank: int) -> Iterator[Parts]:
     """Give the folder of what is measured: `out`/parts, which is removed at the end, or a temporary one."""
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
-            yield Parts(Path(folder), plan)
+            yield Parts(Path(folder), plan, count)
         return
-    parts = Parts(out / "parts", plan)
+    parts = Parts(out / "parts", plan, count)
     if rank == 0:
         parts.begin()
     yield parts
     if rank == 0:
         parts.remove()
-
-
-@contextmanager
-def _together(count: int) -> Iterator[None]:
-    """Let processes wait for one another."""
-    if count == 1:
-        yield
-        return
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _wait(count: int) -> None:
-    if count > 1:
-        torch.distributed.barrier()

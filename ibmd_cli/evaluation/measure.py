@@ -286,11 +286,13 @@ class Parts:
 
     Args:
         folder: where they are.
-        plan: all that the files depend on, as JSON has it; files of another plan are never mixed with these.
+        plan: all that the files depend on, flags first; files of another plan are never mixed with these.
+        count: of batches.
     """
 
-    def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
-        self.folder, self.plan = folder, plan
+    def __init__(self, folder: Path, plan: dict[str, Any], count: int) -> None:
+        self.count = count
+        self.folder, self.plan = folder, json.loads(json.dumps(plan))
         self.digest = sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     def begin(self) -> None:
@@ -302,15 +304,25 @@ class Parts:
         file = self.folder / "plan.json"
         if any(self.folder.glob("*.safetensors")) and file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))
-            other = sorted(key for key in self.plan.keys() | before if self.plan.get(key) != before.get(key))
-            if other:
+            if other := [key for key in self.plan if self.plan[key] != before.get(key)]:
+                changes = "; ".join(self._changes(before, other))
                 raise IbmdError(
-                    f"{self.folder.parent}: holds a part of another evaluation (other {', '.join(other)}): "
+                    f"{self.folder.parent}: holds a part of another evaluation: {changes}: "
                     "give the same settings to continue it, or another --out"
                 )
             return
         with atomic_file(file) as new:
             new.write_text(json.dumps(self.plan, indent=2), encoding="utf-8")
+
+    def _changes(self, before: dict[str, Any], keys: list[str]) -> Iterator[str]:
+        """Yield the flags that were changed, with both values; other things only where no flag was."""
+        flags = [key for key in keys if key.startswith("--") and key in before]
+        for flag in flags:
+            values = [", ".join(map(str, v)) if isinstance(v, list) else v for v in (before[flag], self.plan[flag])]
+            then, now = ("none" if v in (None, "") else v for v in values)
+            yield f"{flag} {then} before, {now} now"
+        if not flags:
+            yield "other " + ", ".join(keys)
 
     def has(self, number: int) -> bool:
         """Tell whether a batch was measured by this plan."""
@@ -332,7 +344,7 @@ class Parts:
 
     def batches(self, key: str) -> Iterator[Tensor]:
         """Yield what was measured of each batch."""
-        for number in range(self.plan["batches"]):
+        for number in range(self.count):
             with safe_open(self._file(number), framework="pt") as file:
                 if key in file.keys():  # noqa: SIM118
                     yield file.get_tensor(key)

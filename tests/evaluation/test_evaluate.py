@@ -35,7 +35,7 @@ from ibmd_cli.metrics.classifiers import InceptionV3
 from ibmd_cli.metrics.distances import frechet, inception_score, kid_terms, moments
 from ibmd_cli.metrics.features import Inception, Network, Seen
 from ibmd_cli.metrics.scores import DEFAULT, METRICS
-from ibmd_cli.models.folder import load_model, save_model
+from ibmd_cli.models.folder import load_model, load_student, save_model
 from ibmd_cli.models.model import Teacher
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
@@ -270,9 +270,98 @@ def test_pairs_without_partner_are_listed(pairs: Path):
         run("--data", pairs)
 
 
-def test_too_few_pairs_are_refused_with_the_number_needed(tmp_path: Path):
-    with pytest.raises(IbmdError, match=r"9 pairs are too few for kid_efflite0: 10 are needed"):
-        run("--data", write_pairs(tmp_path / "few", 9))
+@pytest.mark.parametrize("images", [1, 2, 9])
+def test_metrics_chosen_by_default_that_cannot_be_measured_are_left_out(tmp_path: Path, images: int):
+    found = run("--data", write_pairs(tmp_path / "few", images), "--teacher", "none", "--samples", 1, "--json")
+    results = json.loads(found.stdout)
+    few = f"{images} pair{'s are' if images > 1 else ' is'} too few: 10 are needed"
+    assert few in results["left_out"]["kid_efflite0"]
+    assert "--samples 2" in results["left_out"]["energy_score"]
+    assert not {"kid_efflite0", "energy_score", "diversity"} & results["metrics"].keys()
+    assert {"psnr", "ssim"} < results["metrics"].keys()
+    assert few in " ".join(found.stderr.split())
+    assert "left out: energy_score, diversity: " in found.stderr  # a reason is told once
+    assert f"on {images} pair" in found.stderr
+    assert "1 pairs" not in found.stdout + found.stderr
+    assert all((row["psnr"]["low"] is None) == (images < 5) for row in results["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "metric", "mend"),
+    [
+        ([], "kid_efflite0", "give --data with more"),
+        ([], "fd_efflite0", "give --data with more"),
+        (["--samples", 1], "energy_score", "give --samples 2 or more"),
+        (["--samples", 1], "diversity", "give --samples 2 or more"),
+        ([], "resnet50_accuracy", "give --labels FILE"),
+    ],
+)
+def test_a_metric_that_was_named_and_cannot_be_measured_is_refused(
+    tmp_path: Path, arguments: list, metric: str, mend: str
+):
+    data = write_pairs(tmp_path / "few", 9)
+    with pytest.raises(IbmdError, match=rf"^--metric {metric}: .*{mend}.*; or leave {metric} out$"):
+        run("--data", data, "--teacher", "none", *arguments, "--metric", f"psnr,{metric}")
+
+
+@pytest.mark.parametrize("empty", [("source", "target"), ("source",), ("target",)])
+def test_empty_folders_are_named(pairs: Path, empty: tuple[str, ...]):
+    for side in empty:
+        shutil.rmtree(pairs / side)
+        (pairs / side).mkdir()
+    with pytest.raises(NotAvailable, match=rf"no images in {pairs / empty[0]}"):
+        run("--data", pairs)
+
+
+def test_pairs_of_other_formats_are_found_by_their_stems(pairs: Path):
+    files = sorted((pairs / "target").iterdir())
+    for file in files[:6]:
+        Image.open(file).save(file.with_suffix(".bmp"))
+        file.unlink()
+    few = ["--teacher", "none", "--samples", 2, "--metric", "psnr", "--json"]
+    assert json.loads(run("--data", pairs, *few).stdout)["settings"]["images"] == 12
+    source = pairs / "source" / files[0].name
+    Image.open(source).save(source.with_suffix(".webp"))  # which of the two is meant?
+    with pytest.raises(IbmdError, match=rf"no partner of equal name for source/{files[0].name}, source/"):
+        run("--data", pairs, *few)
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "{}/.", "./{}", "{}/../student", "{}/student"])
+def test_one_student_in_two_spellings_is_one(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    save_model(load_student("builtin:outline2emoji"), folder / "student")
+    if spelling == "{}/student":
+        (folder / "config.json").write_text("{}")  # a run folder, which its student stands for
+    else:
+        folder = folder / "student"
+    first = str(folder.relative_to(tmp_path))
+    with pytest.raises(UsageError, match="expected different students"):
+        run("--data", pairs, "--student", first, "--student", spelling.format(*[first] * spelling.count("{}")))
+
+
+def test_copies_of_a_student_are_compared(tmp_path: Path, pairs: Path):
+    for name in ("a", "b"):
+        save_model(load_student("builtin:outline2emoji"), tmp_path / name)
+    both = ["--student", tmp_path / "a", "--student", tmp_path / "b", "--teacher", "none", "--metric", "psnr"]
+    results = json.loads(run("--data", pairs, *both, "--samples", 3, "--json").stdout)
+    a, b = results["rows"]
+    assert a["psnr"]["value"] == pytest.approx(b["psnr"]["value"], abs=1e-4)
+    gap = results["differences"][0]
+    assert gap["speed_up_range"][0] <= gap["speed_up"] <= gap["speed_up_range"][1]
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/proc/x/y", "FILE/x"])
+def test_a_folder_that_cannot_be_made_is_named_before_any_work(pairs: Path, tmp_path: Path, out: str):
+    (tmp_path / "FILE").write_text("")
+    out = out.replace("FILE", str(tmp_path / "FILE"))
+    there = out.rpartition("/x")[0]
+    with pytest.raises(IbmdError, match=f"^--out {out}: nothing can be written in {there}") as caught:
+        run("--data", pairs, "--student", tmp_path / "gone", "--out", out)
+    assert "No such file" not in str(caught.value)
+    assert "give another --out" in str(caught.value)
 
 
 def test_sizes_must_agree(pairs: Path):
@@ -314,6 +403,9 @@ def test_absent_things_are_named(tmp_path: Path):
         (["--samples", 0], "--samples 0"),
         (["--seeds", 0], "--seeds 0"),
         (["--metric", "psnrr"], "--metric psnrr: no such metric: nearest: psnr"),
+        (["--metric", "PSNR"], "--metric PSNR: no such metric: nearest: psnr$"),
+        (["--metric", "Kid"], "--metric Kid: no such metric: nearest: kid$"),
+        (["--protocol", "I2SB-SR"], "--protocol I2SB-SR: no such protocol: nearest: i2sb-sr$"),
         (["--protocol", "ddbm"], "--protocol ddbm: no such protocol: nearest: ddbm-"),
         (["--teacher-nfe", 0], "--teacher-nfe 0"),
         (["--teacher-nfe", "1,five"], "--teacher-nfe 1,five: expected whole numbers of at least 1"),
@@ -338,9 +430,15 @@ def test_damaged_weights_are_noticed(tmp_path: Path, pairs: Path):
         run("--student", tmp_path / "student", "--teacher", "none", "--data", pairs)
 
 
-def test_missing_extra_is_one_line_and_exit_4(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_missing_extra_is_told_and_refused_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pairs: Path
+):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    monkeypatch.setattr(sys, "argv", ["ibmd", "eval"])
+    found = run("--data", pairs, "--teacher", "none", "--samples", 2, "--json")
+    assert "left out: kid_efflite0, efflite0_distance: " in found.stderr
+    assert "pip install 'ibmd-cli[eval]'" in found.stderr
+    assert "psnr" in json.loads(found.stdout)["metrics"]
+    monkeypatch.setattr(sys, "argv", ["ibmd", "eval", "--data", str(pairs), "--metric", "kid_efflite0"])
     with pytest.raises(SystemExit) as exit:
         main()
     assert exit.value.code == 4
@@ -393,12 +491,12 @@ def test_interrupted_evaluation_continues_to_the_same_scores(pairs: Path, tmp_pa
     kept = {file: file.stat().st_mtime_ns for file in out.glob("parts/0*.safetensors")}
     assert len(kept) == 2
     assert len(list(out.glob("parts/.*"))) == 1  # half a part, which is not taken for one
-    with pytest.raises(IbmdError, match=r"a part of another evaluation \(other measurement\)"):
+    with pytest.raises(IbmdError, match="a part of another evaluation: --seed 0 before, 1 now"):
         run(*arguments, "--seed", 1, "--out", out)
     assert {file: file.stat().st_mtime_ns for file in out.glob("parts/0*.safetensors")} == kept
     min(kept).write_bytes(b"damaged: is measured again")
     result = run(*arguments, "--out", out)
-    assert "2 pairs were measured before: continuing" in result.stderr
+    assert "2 pairs measured before: continuing" in result.stderr
     whole = json.loads(run(*arguments, "--json").stdout)
     continued = json.loads((out / "results.json").read_text())
     same_scores(continued, whole)
@@ -464,15 +562,15 @@ def test_protocol_reads_pairs_side_by_side_and_says_what_it_leaves_out(tmp_path:
     found = run("--data", tmp_path / "ab", "--protocol", "ddbm-e2h", "--teacher", "none", "--json")
     results = json.loads(found.stdout)
     assert list(results["metrics"]) == ["mse"]
-    assert results["left_out"]["fid"] == "12 pairs are too few for fid: 2049 are needed"
+    assert results["left_out"]["fid"] == "12 pairs are too few: 2049 are needed, give --data with more"
     assert "fetch https://download.pytorch.org/models/vgg16-397923af.pth" in results["left_out"]["lpips_vgg"]
     assert found.stderr.count("left out: ") == 3
     assert "12 images, ddbm-e2h has 138567" in results["metrics"]["mse"]["not_comparable"]
     assert "truncated" in results["protocol"]["mse"]
     assert "enlargement to 224" in results["protocol"]["mse"]
-    with pytest.raises(IbmdError, match=r"12 pairs are too few for fid: 2049 are needed"):
+    with pytest.raises(IbmdError, match="--metric fid: 12 pairs are too few: 2049 are needed"):
         run("--data", tmp_path / "ab", "--protocol", "ddbm-e2h", "--metric", "fid")
-    with pytest.raises(NotAvailable, match=r"nothing is left to measure: lpips_vgg: no weights of VGG16 here"):
+    with pytest.raises(NotAvailable, match="--metric lpips_vgg: no weights of VGG16 here"):
         run("--data", tmp_path / "ab", "--protocol", "ddbm-e2h", "--metric", "lpips_vgg")
 
 
