@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from ibmd_cli.data.labels import check_classes, folder_classes, label_of, read_l
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import why
 from ibmd_cli.images.decode import decode, read_image, shown
-from ibmd_cli.images.find import find_images
+from ibmd_cli.images.find import find_images, passed_over
 
 SOURCE, TARGET = SIDES = ("source", "target")
 """The two pictures of a pair, and the folders that hold them."""
@@ -51,6 +51,7 @@ class DataSet:
     """
 
     digest: str
+    passed = ""
 
     def __init__(self, name: str, forms: Mapping[str, Form], labels: Sequence[int] = ()) -> None:
         self.name, self.forms, self.labels = name, forms, labels
@@ -98,7 +99,11 @@ class DataSet:
         if self.labels:
             taken += f", of {len(set(self.labels)):,} classes"
         unused = [f"{count:,} {side}s" for side, count in self._counts().items() if side not in used]
-        return f"{self.name}: {taken}" + "".join(f"; {what} are not used by this objective" for what in unused)
+        return (
+            f"{self.name}: {taken}"
+            + "".join(f"; {what} are not used by this objective" for what in unused)
+            + (f"; {self.passed}" if self.passed else "")
+        )
 
     def _counts(self) -> dict[str, int]:
         return {side: len(self) for side in self.forms}
@@ -139,6 +144,7 @@ class Files(DataSet):
         roots: for each side, the folder, or the one file.
         labels: the class of each item, if there are any.
         unused: for a side that is not read, the number of its files.
+        passed: says what was passed over in the folder, see `find.passed_over`.
     """
 
     def __init__(
@@ -149,11 +155,12 @@ class Files(DataSet):
         roots: Mapping[str, Path],
         labels: Sequence[int],
         unused: Mapping[str, int],
+        passed: str = "",
     ) -> None:
         super().__init__(name, forms, labels)
         # As bytes in an array: a million strings would take ten times as much.
         self.paths = {side: np.array([os.fsencode(file) for file in files[side]]) for side in forms}
-        self.root, self.unused = roots[self.base], unused
+        self.root, self.unused, self.passed = roots[self.base], unused, passed
         sides = [side for side in forms if side == self.base or roots[side] != self.root]
         self.digest = _digest(f"{within(file, roots[side])} {_size(file)}" for side in sides for file in files[side])
 
@@ -262,10 +269,11 @@ def open_files(
         raise UsageError(f"--data {reference}: holds source/ and target/: leave out --layout {form.layout}")
     if inside == [TARGET] and not (form.degradation or form.layout):
         raise NotAvailable(f"--data {reference}: no folder {path / SOURCE}; expected source/ and target/ in it")
+    passed = Counter[str]()
     if paired:
-        listed = {side: _images(path / side, form.layout) for side in SIDES}
+        listed = {side: _images(path / side, form.layout, passed) for side in SIDES}
     else:
-        listed = dict.fromkeys(SIDES, _images(path, form.layout))
+        listed = dict.fromkeys(SIDES, _images(path, form.layout, passed))
         _refuse_pairs_below(reference, path, listed[SOURCE])
     forms = _forms(form, paired)
     if targets and TARGET not in forms:
@@ -282,7 +290,8 @@ def open_files(
     base = next(iter(forms))
     if not files[base]:
         kind = "surface normals (*_normal.npy, *_normal.png)" if form.layout == "normals" else "images"
-        raise NotAvailable(f"--data {reference}: no {kind} in {'it' if roots[base] == path else roots[base]}")
+        told = f"; {text}" if (text := passed_over(passed)) else ""
+        raise NotAvailable(f"--data {reference}: no {kind} in {'it' if roots[base] == path else roots[base]}{told}")
     unused = {side: count for side, count in unused.items() if side not in read.values()}
     numbers = list[int]()
     if classes and labels:
@@ -291,7 +300,7 @@ def open_files(
         check_classes(f"--labels {labels}", numbers, classes)
     elif classes:
         numbers = folder_classes(roots[base], files[base], classes)
-    return Files(reference, forms, files, roots, numbers, unused)
+    return Files(reference, forms, files, roots, numbers, unused, passed_over(passed))
 
 
 def _forms(form: Form, paired: bool) -> dict[str, Form]:
@@ -304,11 +313,12 @@ def _forms(form: Form, paired: bool) -> dict[str, Form]:
     return {SOURCE: form, TARGET: replace(form, layout=other, degradation="", scale=1)}
 
 
-def _images(folder: Path, layout: str) -> list[Path]:
+def _images(folder: Path, layout: str, passed: Counter[str]) -> list[Path]:
     """List the images of a folder; of two normal maps of one name, the numbers rather than the picture."""
-    files = find_images(folder)
+    files = find_images(folder, passed=passed)
     if layout != "normals" or not folder.is_dir():
         return files
+    del passed[".npy"]
     pictures = [file for file in files if file.stem.endswith("_normal")]
     return sorted({file.with_suffix(""): file for file in (*pictures, *folder.rglob("*_normal.npy"))}.values())
 

@@ -22,6 +22,7 @@ from ibmd_cli.data.degradations import check_name, degrade, draw_masks, fill_hol
 from ibmd_cli.data.download import data_folder, data_sets
 from ibmd_cli.data.forms import Form
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
+from ibmd_cli.images.find import named_path
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import Streams, stream, uniform
 from ibmd_cli.reporting import Reporter
@@ -379,6 +380,10 @@ def _check_reference(reference: str, degradation: str) -> None:
     if kind == "hf":
         parse_hf_data(reference)
     elif kind not in ("builtin", "dataset") and not Path(reference).exists():
+        try:
+            named_path(reference)
+        except IbmdError as error:
+            raise UsageError(f"--data {error}") from error
         raise NotAvailable(f"--data {reference}: no such folder")
     has_sources = kind == "builtin" or (kind == "dataset" and data_sets()[name]["layout"])
     if degradation and has_sources:

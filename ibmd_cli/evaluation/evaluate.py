@@ -71,6 +71,8 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     entries = load_entries(config, samples, device, reporter)
     data = config.data or _own_data(entries)
     pairs = _open(config, protocol, data, entries)
+    if pairs.data.passed:
+        reporter.warn(f"--data {data}: {pairs.data.passed}")
     names, networks, left_out = choose_metrics(config, protocol, pairs, samples, device, reporter, entries)
     if config.reference is not None and "fid" not in (*names, *left_out):
         raise UsageError(f"--reference {config.reference}: is of the FID, which is not measured: add --metric fid")

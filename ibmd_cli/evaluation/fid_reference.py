@@ -6,6 +6,7 @@ What the cache holds is named by the hash of all images' content and by the netw
 import hashlib
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.files import atomic_file
 from ibmd_cli.hub import cache_folder
 from ibmd_cli.images.decode import read_image
-from ibmd_cli.images.find import find_images
+from ibmd_cli.images.find import find_images, passed_over
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.metrics.distances import Moments, moments
 from ibmd_cli.metrics.features import Network
@@ -67,9 +68,12 @@ def _of_file(path: Path, network: Network, reporter: Reporter) -> Moments:
 
 
 def _of_folder(path: Path, network: Network, reporter: Reporter) -> Moments:
-    files = find_images(path)
+    files = find_images(path, passed=(passed := Counter[str]()))
+    told = passed_over(passed)
     if not files:
-        raise NotAvailable(f"--reference {path}: no images in it")
+        raise NotAvailable(f"--reference {path}: no images in it{f'; {told}' if told else ''}")
+    if told:
+        reporter.warn(f"--reference {path}: {told}")
 
     def read() -> Iterator[Tensor]:
         for file in files:

@@ -1,27 +1,25 @@
-"""Images in folders and globs: which files are images, and in what order."""
+"""Images in folders and globs: which files are images, in what order, and what is passed over."""
 
 import errno
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.files import why
+from ibmd_cli.images.contents import EXPECTED
 from ibmd_cli.images.decode import shown
+from ibmd_cli.reporting import counted
 
-if TYPE_CHECKING:
-    pass
-
-
-SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")
+IMAGES = ("png", "apng", "jpg", "jpeg", "jpe", "jfif", "mpo", "webp", "tif", "tiff", "bmp", "gif", "avif")
+SUFFIXES = frozenset(f".{ending}" for ending in (*IMAGES, "pbm", "pgm", "ppm", "pnm", "pfm"))
 WRITTEN = re.compile(r"\.ibmd(\.\d+)?\.(png|jpe?g|webp|tiff?|bmp|avif)$")
-
-
-# ---------------------------------------------------------------------------------------------------- files
+FOLDERS, LINKS = "folders", "links to folders"
 
 
 def find_images(
@@ -29,6 +27,7 @@ def find_images(
     recursive: bool = True,
     without: Path | None = None,
     on_error: Callable[[OSError], None] | None = None,
+    passed: Counter[str] | None = None,
 ) -> list[Path]:
     """List the images of a folder, sorted; a path that is no folder stands for itself.
 
@@ -40,6 +39,7 @@ def find_images(
         recursive: search folders in it, too.
         without: a folder that is not searched.
         on_error: told of folders and files that cannot be looked at, in place of an exception.
+        passed: counts what is passed over, except hidden ones, by kind, for `passed_over`.
 
     Raises:
         IbmdError: a folder cannot be read.
@@ -51,14 +51,60 @@ def find_images(
     on_error = on_error or refuse
     if not os.path.isdir(path):
         return [path]
-    found = []
+    found, passed = [], Counter() if passed is None else passed
     for here, folders, files in os.walk(path, onerror=on_error):
-        folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
+        deeper = [f for f in sorted(folders) if not f.startswith(".")]
         if without is not None:
-            folders[:] = [f for f in folders if os.path.realpath(Path(here, f)) != os.path.realpath(without)]
-        images = (f for f in sorted(files) if not f.startswith(".") and not WRITTEN.search(f))
-        found += [file for f in images if _is_image(file := Path(here, f), on_error)]
+            deeper = [f for f in deeper if os.path.realpath(Path(here, f)) != os.path.realpath(without)]
+        linked = [f for f in deeper if os.path.islink(os.path.join(here, f))]
+        folders[:] = [f for f in deeper if f not in linked] if recursive else []
+        passed.update({LINKS: len(linked)} if recursive else {FOLDERS: len(deeper)})
+        for name in sorted(f for f in files if not f.startswith(".")):
+            if (kind := _passed(file := Path(here, name), on_error)) is None:
+                found.append(file)
+            elif kind:
+                passed[kind] += 1
     return found
+
+
+def passed_over(passed: Counter[str]) -> str:
+    """Say what `find_images` passed over: "passed over 2 files (.heic): expected PNG …"; "" if there was nothing."""
+    kinds = {kind: count for kind, count in passed.most_common() if count and kind not in (FOLDERS, LINKS)}
+    texts = []
+    if kinds:
+        most = [kind if len(kinds) == 1 else f"{count:,} {kind}" for kind, count in list(kinds.items())[:6]]
+        more = f", {counted(sum(list(kinds.values())[6:]), 'other')}" if len(kinds) > 6 else ""
+        texts.append(f"passed over {counted(sum(kinds.values()), 'file')} ({', '.join(most)}{more}): {EXPECTED}")
+    if passed[FOLDERS]:
+        texts.append(f"passed over {counted(passed[FOLDERS], 'folder')}: --recursive searches them")
+    if passed[LINKS]:
+        texts.append(f"passed over {counted(passed[LINKS], 'link')} to folders: give the folders themselves")
+    return "; ".join(texts)
+
+
+def named_path(text: str) -> str:
+    """Return the path that a user's text names: without quotes around it, `~` and `file://` resolved.
+
+    Raises:
+        IbmdError: it is an address of something that is no file here.
+    """
+    if os.path.lexists(text):
+        return text
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1]
+    scheme, slashes, rest = text.partition("://")
+    if text.lower().startswith("file:/"):
+        host, _, path = rest.partition("/") if slashes else ("", "", text[len("file:/") :])
+        if host.lower() not in ("", "localhost"):
+            raise IbmdError(f"{shown(text)}: a file of another machine: expected file:///PATH")
+        return os.fsdecode(b"/" + unquote_to_bytes(os.fsencode(path)))
+    if slashes and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        get = {"http": "curl -LO", "https": "curl -LO", "s3": "aws s3 cp", "gs": "gcloud storage cp"}.get(
+            scheme.lower()
+        )
+        first = f", e.g. with {get}," if get else ""
+        raise IbmdError(f"{shown(text)}: addresses ({scheme}://) are not read: fetch it first{first} and give the file")
+    return os.path.expanduser(text)
 
 
 def find_matches(pattern: str, on_error: Callable[[OSError], None]) -> tuple[Path, list[Path]]:
@@ -105,13 +151,16 @@ def _matches(folder: Path, parts: Sequence[str], on_error: Callable[[OSError], N
             yield from _matches(path, rest, on_error)
 
 
-def _is_image(file: Path, on_error: Callable[[OSError], None]) -> bool:
-    """Tell whether a file that was found in a folder is to be read as an image."""
+def _passed(file: Path, on_error: Callable[[OSError], None]) -> str | None:
+    """Name the kind of a file that is not read as an image: "" if that was told; None if it is read."""
+    if WRITTEN.search(file.name):
+        return "results of ibmd sample"
     if file.suffix.lower() not in SUFFIXES:
-        return False
+        return file.suffix.lower() if file.suffix.isprintable() and file.suffix else "without an ending"
     try:
-        return stat.S_ISREG(file.stat().st_mode)
+        return None if stat.S_ISREG(file.stat().st_mode) else "pipes or devices"
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):  # links to nothing, and to themselves
-            on_error(error)
-        return False
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return "broken links"
+        on_error(error)
+        return ""

@@ -26,6 +26,7 @@ from ibmd_cli.export.load import is_exported, load_exported
 from ibmd_cli.files import FULL, why, write_file
 from ibmd_cli.images.decode import Budget, own_limits, shown
 from ibmd_cli.images.encode import SOFTWARE, encode
+from ibmd_cli.images.find import passed_over
 from ibmd_cli.images.grids import Sheet, thumbnail
 from ibmd_cli.processes import AllGather, connect, this_process
 from ibmd_cli.reporting import Reporter
@@ -63,6 +64,8 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
         plan = _together(process, gather, lambda: make_plan(config, process, processes))
         results = Results(config, reporter)
         try:
+            if told := passed_over(plan.passed):
+                reporter.warn(told)
             for jobs in plan.failed:
                 results.fail(jobs)
             for job in plan.skipped:

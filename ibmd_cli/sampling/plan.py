@@ -9,6 +9,7 @@ what they were, and in JSON a byte that is not UTF-8 is `\udcXX`.
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -22,7 +23,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import why
 from ibmd_cli.images.decode import shown
 from ibmd_cli.images.encode import WRITABLE
-from ibmd_cli.images.find import find_images, find_matches
+from ibmd_cli.images.find import find_images, find_matches, named_path, passed_over
 from ibmd_cli.images.fit import Geometry
 from ibmd_cli.images.tiles import Tiles
 from ibmd_cli.sampling.config import SampleConfig, is_folder
@@ -102,11 +103,13 @@ class Plan:
         jobs: to make, the variants of an input one after the other.
         skipped: whose outputs exist already.
         failed: for each input, or folder of outputs, that cannot be used, its pictures with the reason in `error`.
+        passed: counts what was passed over in folders that hold images.
     """
 
     jobs: list[Job] = field(default_factory=list)
     skipped: list[Job] = field(default_factory=list)
     failed: list[list[Job]] = field(default_factory=list)
+    passed: Counter[str] = field(default_factory=Counter)
 
     def fail(self, path: str, message: str) -> None:
         """Note an input of which no picture can be planned."""
@@ -144,7 +147,7 @@ def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Pla
         plan.skipped, done = there, set(there)
         plan.jobs = [job for job in plan.jobs if job not in done]
     if process > 0:
-        plan.failed = []  # the first tells them
+        plan.failed, plan.passed = [], Counter()  # the first tells them
     _check_folders(plan)
     if config.grid is not None and (error := _probe(Path(config.grid).parent)):
         raise error
@@ -187,26 +190,48 @@ def _find(config: SampleConfig, plan: Plan) -> Iterator[Job]:
         if text == "-":
             yield Job("stdin", place="stdin")
             continue
-        base, matches, before = None, [Path(text)], len(plan.failed)
-        if not os.path.lexists(text):
-            base, matches = find_matches(text, _unlisted(plan))
-        if not matches and len(plan.failed) == before:
-            plan.fail(text, f"{shown(text)}: no such file or folder, and nothing matches it")
-        for path in matches:
+        for path, base in _matches(text, plan):
             yield from _images(path, base or (path if os.path.isdir(path) else path.parent), config, plan)
-    for path in _listed(config):
-        whole = not path.is_absolute() and ".." not in path.parts  # then its place in the tree is kept
-        yield from _images(path, Path() if whole else path if os.path.isdir(path) else path.parent, config, plan)
+    for text in _listed(config):
+        if (named := _named(text, plan)) is not None:
+            whole = not named.is_absolute() and ".." not in named.parts  # then its place in the tree is kept
+            root = Path() if whole else named if os.path.isdir(named) else named.parent
+            yield from _images(named, root, config, plan)
+
+
+def _named(text: str, plan: Plan) -> Path | None:
+    """Return the path that a user's text names; note one that names none."""
+    try:
+        return Path(named_path(text))
+    except IbmdError as error:
+        plan.fail(text, str(error))
+        return None
+
+
+def _matches(text: str, plan: Plan) -> list[tuple[Path, Path | None]]:
+    """Return the files and folders that an input stands for, each with the folder that its glob begins with."""
+    if (path := _named(text, plan)) is None:
+        return []
+    if os.path.lexists(path):
+        return [(path, None)]
+    before = len(plan.failed)
+    base, matches = find_matches(str(path), _unlisted(plan))
+    if not matches and len(plan.failed) == before:
+        plan.fail(text, f"{shown(text)}: no such file or folder, and nothing matches it")
+    return [(match, base) for match in matches]
 
 
 def _images(path: Path, root: Path, config: SampleConfig, plan: Plan) -> Iterator[Job]:
     """Yield the images that a path stands for, and note if there are none."""
     before = len(plan.failed)
     output = Path(config.output) if config.output else None
-    found = find_images(path, config.recursive, output, _unlisted(plan))
-    if not found and len(plan.failed) == before:
-        deeper = "" if config.recursive else "; --recursive searches the folders in it"
-        plan.fail(str(path), f"{shown(path)}: no images in this folder{deeper}")
+    passed = Counter[str]()
+    found = find_images(path, config.recursive, output, _unlisted(plan), passed)
+    if found:
+        plan.passed += passed
+    elif len(plan.failed) == before:
+        told = f"; {text}" if (text := passed_over(passed)) else ""
+        plan.fail(str(path), f"{shown(path)}: no images in this folder{told}")
     yield from (Job(file.name, file, file.relative_to(root).as_posix()) for file in found)
 
 
@@ -215,18 +240,24 @@ def _unlisted(plan: Plan) -> Callable[[OSError], None]:
     return lambda error: plan.fail(error.filename, f"{shown(error.filename)}: cannot be listed {why(error)}")
 
 
-def _listed(config: SampleConfig) -> Iterator[Path]:
+def _listed(config: SampleConfig) -> Iterator[str]:
     """Yield the paths that `--files-from` lists; empty ones are none."""
     if config.files_from is None:
         return
     try:
-        content = sys.stdin.buffer.read() if config.files_from == "-" else Path(config.files_from).read_bytes()
+        name = config.files_from
+        content = sys.stdin.buffer.read() if name == "-" else Path(named_path(name)).read_bytes()
     except OSError as error:
         raise UsageError(f"--files-from {shown(config.files_from)}: cannot be read {why(error)}") from error
+    except IbmdError as error:
+        raise UsageError(f"--files-from {error}") from error
+    for mark, encoding in ((b"\xef\xbb\xbf", ""), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
+        if content.startswith(mark):  # as programs of Windows begin a text
+            content = content.decode(encoding, "replace").encode() if encoding else content.removeprefix(mark)
     if not config.null and b"\0" in content:
         raise UsageError(f"--files-from {shown(config.files_from)}: paths end in NUL: add --null")
     lines = content.split(b"\0") if config.null else [line.removesuffix(b"\r") for line in content.split(b"\n")]
-    yield from (Path(os.fsdecode(line)) for line in lines if line)
+    yield from (os.fsdecode(line) for line in lines if line)
 
 
 def _check_output(found: Sequence[Job], config: SampleConfig) -> None:

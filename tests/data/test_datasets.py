@@ -16,8 +16,10 @@ from PIL import Image
 from ibmd_cli.data.datasets import open_data_set, rows_of
 from ibmd_cli.data.embedded import embedded_pairs, enlarge
 from ibmd_cli.data.forms import Form, read_normals
+from ibmd_cli.data.sources import check_sources
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.images.fit import to_uint8
+from ibmd_cli.reporting import Reporter
 
 SIZE = 16
 
@@ -162,6 +164,27 @@ def test_digest_tells_names_and_sizes_not_the_place(three: Path, tmp_path: Path)
 
 
 # --------------------------------------------------------------------------------- the library `datasets`, offline
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_is_passed_over_in_a_folder_is_described_and_named_where_nothing_is_left(paired: bool, tmp_path: Path):
+    folders = [tmp_path / side for side in ("source", "target")] if paired else [tmp_path]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        (folder / "a.heic").touch()
+    with pytest.raises(NotAvailable, match=r"no images in .*; passed over \d files? \(\.heic\): expected PNG, JPEG"):
+        open_data_set(str(tmp_path), Form(SIZE), None)
+    for folder in folders:
+        save(picture(0), folder / "b.png")
+    told = open_data_set(str(tmp_path), Form(SIZE), None).describe(["source"])
+    assert "1 source" in told
+    assert f"; passed over {'2 files' if paired else '1 file'} (.heic): expected PNG, JPEG" in told
+
+
+@pytest.mark.parametrize("scheme", ["https", "s3"])
+def test_addresses_of_data_are_refused_by_name(scheme: str):
+    with pytest.raises(UsageError, match=rf"--data {scheme}://x\.org/a: addresses \({scheme}://\) are not read"):
+        check_sources([f"{scheme}://x.org/a"], {}, "", Reporter(quiet=True))
 
 
 @pytest.mark.parametrize("reference", ["hf://datasets/name", "hf://datasets/", "hf://owner/name"])

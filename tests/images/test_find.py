@@ -1,12 +1,14 @@
 """Which files of folders and globs are images."""
 
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from imagefiles import quarters
 
 from ibmd_cli.errors import IbmdError
-from ibmd_cli.images.find import find_images, find_matches
+from ibmd_cli.images.find import find_images, find_matches, named_path, passed_over
 
 
 def test_find_images(tmp_path):
@@ -65,3 +67,87 @@ def test_unreadable_folder(tmp_path):
     (tmp_path / "locked").mkdir(mode=0)
     with pytest.raises(IbmdError, match="locked"):
         find_images(tmp_path)
+
+
+def test_what_is_passed_over_is_counted_by_kind(tmp_path):
+    names = ["a.heic", "b.HEIC", "c.PNG", "d.svg", "e", "f.ibmd.png", ".hidden.heic", "sub/g.heic", "sub/h.pgm"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "gone.png").symlink_to("absent")
+    (tmp_path / "loop").symlink_to(tmp_path)
+
+    def told(**options) -> tuple[list[str], str]:
+        passed = Counter[str]()
+        found = find_images(tmp_path, passed=passed, **options)
+        return [file.name for file in found], passed_over(passed)
+
+    assert told(recursive=False) == (
+        ["c.PNG"],
+        "passed over 7 files (2 .heic, 1 .svg, 1 without an ending, 1 results of ibmd sample, 1 pipes or devices, "
+        "1 broken links): expected PNG, JPEG, WebP, TIFF, BMP, PNM, GIF or AVIF; "
+        "passed over 2 folders: --recursive searches them",
+    )
+    found, text = told()
+    assert found == ["c.PNG", "h.pgm"]
+    assert text.startswith("passed over 8 files (3 .heic, 1 .svg")
+    assert text.endswith("; passed over 1 link to folders: give the folders themselves")
+
+
+def test_nothing_is_said_where_nothing_is_passed_over(tmp_path):
+    quarters().save(tmp_path / "a.png")
+    passed = Counter[str]()
+    assert find_images(tmp_path, passed=passed) == [tmp_path / "a.png"]
+    assert passed_over(passed) == ""
+
+
+def test_many_kinds_are_cut_to_the_most_frequent(tmp_path):
+    for i in range(9):
+        for j in range(9 - i):
+            (tmp_path / f"{j}.x{i}").touch()
+    passed = Counter[str]()
+    assert find_images(tmp_path, passed=passed) == []
+    assert passed_over(passed).startswith("passed over 45 files (9 .x0, 8 .x1, 7 .x2, 6 .x3, 5 .x4, 4 .x5, 6 others): ")
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("a.png", "a.png"),
+        ("*.png", "*.png"),
+        ("'a b.png'", "a b.png"),
+        ('"a b.png"', "a b.png"),
+        ("'", "'"),
+        ("~/a.png", "/home/someone/a.png"),
+        ("'~/a.png'", "/home/someone/a.png"),
+        ("file:///a/b%20c.png", "/a/b c.png"),
+        ("file://localhost/a/%C3%BC.png", "/a/ü.png"),
+        ("FILE:///a/latin%E9.png", "/a/latin\udce9.png"),
+        ("file:/a/b.png", "/a/b.png"),
+        ("C:/a.png", "C:/a.png"),
+    ],
+)
+def test_paths_as_people_write_them(text, path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert named_path(text) == path
+
+
+@pytest.mark.parametrize("name", ["'quoted.png'", "~", "https:"])
+def test_a_file_of_that_very_name_goes_before(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).touch()
+    assert named_path(name) == name
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "s3", "gs", "ftp", "hf", "HTTPS"])
+def test_other_addresses_are_refused_by_name(scheme):
+    address = f"{scheme}://host.org/a%20b.png"
+    with pytest.raises(IbmdError) as caught:
+        named_path(address)
+    assert str(caught.value).startswith(f"{address}: addresses ({scheme}://) are not read: fetch it first")
+
+
+def test_a_file_of_another_machine_is_refused():
+    with pytest.raises(IbmdError, match="file://host/a.png: a file of another machine"):
+        named_path("file://host/a.png")

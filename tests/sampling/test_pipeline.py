@@ -635,6 +635,53 @@ def test_lists_of_files(sample, drawings, tmp_path):
     assert (nul.code, "add --null" in nul.err) == (2, True)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lists_as_other_programs_write_them(sample, drawings, tmp_path, monkeypatch, encoding, end):
+    """With a byte order mark, CRLF, quotes, ~ and file://; an address in it is refused, the rest is done."""
+    monkeypatch.setenv("HOME", str(drawings.parent))
+    (drawings / "drawing-1.png").rename(drawings / "ü b.png")
+    first, address = drawings / "drawing-0.png", "https://example.org/a.png"
+    lines = [first, f'"{drawings}/ü b.png"', f"~/{drawings.name}/drawing-2.png", (drawings / "drawing-3.png").as_uri()]
+    Path("list.txt").write_bytes(end.join(map(str, [*lines, address])).encode(encoding))
+    result = sample("--files-from", "list.txt", "-o", "out/")
+    assert [Path(path).name for path in result.paths] == [
+        "drawing-0.png", "ü b.png", "drawing-2.png", "drawing-3.png"
+    ]  # fmt: skip
+    assert (result.code, result.err.count("error: ")) == (3, 1)
+    assert "https://example.org/a.png: addresses (https://) are not read" in result.err
+
+
+def test_inputs_as_addresses(sample, drawings, monkeypatch):
+    monkeypatch.setenv("HOME", str(drawings.parent))
+    uri, home = (drawings / "drawing-0.png").as_uri(), f"~/{drawings.name}/drawing-[12].png"
+    result = sample("-i", uri, "-i", home, "-i", "s3://bucket/a.png", "-o", "out/")
+    assert [Path(path).name for path in result.paths] == ["drawing-0.png", "drawing-1.png", "drawing-2.png"]
+    assert result.code == 3
+    assert "s3://bucket/a.png: addresses (s3://) are not read" in result.err
+    assert "--files-from http://x.org/list: addresses" not in result.err
+    refused = sample("--files-from", "http://x.org/list", "-o", "out/")
+    assert refused.code == 2
+    assert "--files-from http://x.org/list: addresses (http://) are not read" in refused.err
+
+
+def test_what_is_passed_over_in_folders_is_said(sample, drawings):
+    for name in ("a.heic", "b.HEIC", "c.txt"):
+        (drawings / name).write_bytes(b"x")
+    (drawings / "deep").mkdir()
+    shutil.copy(drawings / "drawing-0.png", drawings / "deep" / "d.png")
+    result = sample("-i", drawings, "-o", "out/")
+    assert result.code == 0
+    assert result.err.count("passed over 3 files (2 .heic, 1 .txt): expected PNG, JPEG") == 1
+    assert "passed over 1 folder: --recursive searches them" in result.err
+    Path("only").mkdir()
+    Path("only/a.heic").write_bytes(b"x")
+    refused = sample("-i", "only", "-o", "out2/")
+    assert refused.code == 3
+    assert "only: no images in this folder; passed over 1 file (.heic): expected PNG, JPEG" in refused.err
+    assert "--recursive" not in refused.err
+
+
 def test_json_names_any_bytes(sample, drawings):
     os.rename(drawings / "drawing-0.png", os.fsencode(drawings) + b"/latin\xe9\n.png")
     line = sample("-i", drawings, "-o", "out/", "--json").lines[-1]
