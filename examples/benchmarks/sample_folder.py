@@ -27,7 +27,6 @@ from PIL import Image
 from ibmd_cli.data.embedded import embedded_sources
 from ibmd_cli.export.load import is_exported, load_exported
 from ibmd_cli.images.decode import read_picture
-from ibmd_cli.processes import share_freed_memory
 from ibmd_cli.sampling.engine import load_engine
 from ibmd_cli.sampling.plan import Job
 from ibmd_cli.sampling.translator import Translator
@@ -59,7 +58,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for ONNX Runtime, and the command
-    share_freed_memory()  # as `ibmd sample` does: the network alone is to have it, too
     alone, folder = [], []
     engine = load_exported(args.student) if is_exported(args.student) else load_engine(args.student, None, device="cpu")
     with tempfile.TemporaryDirectory() as place:

@@ -204,7 +204,8 @@ def own_limits() -> Iterator[None]:
     """Turn off Pillow's own pixel limit and its warnings: they are global, so only a program may do this.
 
     And let it take the memory of an image in one block: from 32 MB on, the system has it back at once when the image is
-    gone. The blocks of 16 MB that it takes otherwise, each thread keeps for later.
+    gone. The blocks of 16 MB that it takes otherwise, each thread keeps for later. Eight photos of 24 megapixels take
+    446 MiB with it, 716 without, in `ibmd sample -i photos -o out/ --restore-size --format jpg`.
     """
     limit, block = Image.MAX_IMAGE_PIXELS, Image.core.get_block_size()
     Image.MAX_IMAGE_PIXELS = None

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from PIL import Image
 
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.export.load import is_exported, load_exported
-from ibmd_cli.files import FULL, why, write_file
+from ibmd_cli.files import FULL, is_stream, why, write_file
 from ibmd_cli.images.decode import Budget, own_limits, shown
 from ibmd_cli.images.encode import SOFTWARE, encode
 from ibmd_cli.images.find import passed_over
@@ -32,7 +32,7 @@ from ibmd_cli.processes import AllGather, connect, this_process
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.sampling.claims import Claims
 from ibmd_cli.sampling.config import STUDENT, SampleConfig
-from ibmd_cli.sampling.plan import Job, by_input, make_plan
+from ibmd_cli.sampling.plan import Job, by_input, make_plan, stands
 from ibmd_cli.sampling.read import Inputs
 from ibmd_cli.sampling.results import Appeared, DiskFull, Results, Stop
 from ibmd_cli.sampling.translator import Engine, Translator
@@ -131,7 +131,10 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: Re
     most = 1 if whole else 4 * translator.size  # images that are read ahead, and that wait to be written
     readers, writers = (ThreadPoolExecutor(n) for n in (max(1, min(READERS, (os.cpu_count() or 1) - 1)), WRITERS))
     waiting: deque[Future[Job]] = deque()
-    with own_limits(), Claims(reporter.warn) as claims, readers, writers, ExitStack() as meters:
+    with ExitStack() as meters, own_limits(), Claims(reporter.warn) as claims, readers, writers:
+        stream = None
+        if is_stream(str(jobs[0].output)):  # opened here, because it may wait for a reader, and Ctrl-C ends that
+            stream = meters.enter_context(open(str(jobs[0].output), "wb"))
         meters.enter_context(translator.spread(len(jobs)))
         if len(jobs) > 1:
             results.meter = meters.enter_context(reporter.progress("sample", len(jobs), "images"))
@@ -144,7 +147,7 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: Re
                         translator.advance = meter.advance
                     yield job
 
-        outputs = _Outputs(config, translator, claims, sheet)
+        outputs = _Outputs(config, translator, claims, sheet, stream)
         try:
             for job in translator.run(ready()):
                 waiting.append(writers.submit(outputs.write, job))
@@ -252,8 +255,16 @@ def _size(config: SampleConfig, translator: Translator) -> str:
 class _Outputs:
     """Encodes translated pictures, and writes them."""
 
-    def __init__(self, config: SampleConfig, translator: Translator, claims: Claims, sheet: Sheet | None) -> None:
-        self.config, self.translator, self.claims, self.sheet, self.budget = config, translator, claims, sheet, Budget()
+    def __init__(
+        self,
+        config: SampleConfig,
+        translator: Translator,
+        claims: Claims,
+        sheet: Sheet | None,
+        stream: BinaryIO | None = None,
+    ) -> None:
+        self.config, self.translator, self.claims, self.sheet = config, translator, claims, sheet
+        self.stream, self.budget = stream, Budget()
         nfe = translator.engine.nfe
         self.made_by = f"ibmd {__version__} {shown(_name(config))} nfe={nfe} seed={config.seed}"
 
@@ -264,7 +275,7 @@ class _Outputs:
             with self.budget.take(math.prod(self.translator.result_size(job.geometry))):
                 data, made, after = self._encode(job)
             job.drop_pixels()
-            _put(data, job.output, self.config)
+            _put(data, job.output, self.config, self.stream)
             job.made = made
             if self.sheet is not None and job.before is not None and after is not None:
                 self.sheet.add((job.source, job.place), job.place, job.variant, job.before, after)
@@ -286,26 +297,35 @@ class _Outputs:
         return data, image.size, thumbnail(image) if self.sheet is not None else None
 
 
-def _put(data: bytes, output: Path | None, config: SampleConfig) -> None:
-    if output is None:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-        return
+def _put(data: bytes, output: Path | None, config: SampleConfig, stream: BinaryIO | None = None) -> None:
+    """Write a file, or into a stream that stands where the file was wanted."""
     try:
-        write_file(output, data, replace=config.on_exists == "overwrite")
+        if stream is not None:
+            stream.write(data)
+            stream.flush()
+        elif output is None:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        else:
+            write_file(output, data, replace=config.on_exists == "overwrite")
     except FileExistsError as error:
         raise Appeared(
-            f"{shown(output)}: appeared meanwhile and stays as it is; choose --on-exists skip or overwrite"
+            f"{shown(str(output))}: appeared meanwhile and stays as it is; choose --on-exists skip or overwrite"
         ) from error
     except OSError as error:
+        if output is None:
+            raise
         if error.errno in FULL:
-            raise DiskFull(f"disk full while writing {shown(output)}: free some space and run again") from error
+            raise DiskFull(
+                f"disk full while writing {shown(output)} ({error.strerror}): free some space; "
+                "the same command with --on-exists skip then does the rest"
+            ) from error
         raise IbmdError(f"{shown(output)}: cannot be written {why(error)}") from error
 
 
 def _keep(grid: str, config: SampleConfig, results: Results) -> bool:
     """Tell whether the contact sheet exists and is to stay."""
-    keep = config.on_exists == "skip" and os.path.lexists(grid)
+    keep = config.on_exists == "skip" and stands(grid)
     if keep:
         results.reporter.note(f"{shown(grid)}: exists already and stays as it is")
     return keep

@@ -8,7 +8,6 @@ what they were, and in JSON a byte that is not UTF-8 is `\udcXX`.
 
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.files import why
+from ibmd_cli.files import is_stream, unwritable, why
 from ibmd_cli.images.decode import shown
 from ibmd_cli.images.encode import WRITABLE
 from ibmd_cli.images.find import find_images, find_matches, named_path, passed_over
@@ -28,6 +27,7 @@ from ibmd_cli.images.fit import Geometry
 from ibmd_cli.images.tiles import Tiles
 from ibmd_cli.sampling.config import SampleConfig, is_folder
 
+NAME_MAX = 255  # bytes: no file system has longer names
 LATER: Any = None
 """Stands for what a later step fills in."""
 
@@ -139,7 +139,7 @@ def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Pla
     plan.jobs = _unique(plan.jobs)
     grid = _check_grid(plan.jobs, config)
     plan.jobs = [job for i, group in enumerate(by_input(plan.jobs)) if i % processes == process for job in group]
-    there = [job for job in plan.jobs if os.path.lexists(str(job.output))]
+    there = [job for job in plan.jobs if stands(job.output)]
     if config.on_exists == "error" and (outputs := [str(job.output) for job in there] + grid):
         more = f" (and {len(outputs) - 1} more)" if len(outputs) > 1 else ""
         raise IbmdError(f"{shown(outputs[0])}{more}: exists already; choose --on-exists skip or overwrite")
@@ -148,9 +148,9 @@ def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Pla
         plan.jobs = [job for job in plan.jobs if job not in done]
     if process > 0:
         plan.failed, plan.passed = [], Counter()  # the first tells them
-    _check_folders(plan)
-    if config.grid is not None and (error := _probe(Path(config.grid).parent)):
-        raise error
+    _check_writable(plan)
+    if config.grid is not None and (reason := unwritable(Path(config.grid))):
+        raise IbmdError(f"--grid {shown(config.grid)}: {reason}")
     return plan
 
 
@@ -159,29 +159,22 @@ def by_input(jobs: Iterable[Job]) -> list[list[Job]]:
     return [list(group) for _, group in groupby(jobs, key=lambda job: (job.source, job.place))]
 
 
-def _check_folders(plan: Plan) -> None:
+def _check_writable(plan: Plan) -> None:
     """Move the jobs whose outputs cannot be written to `plan.failed`, before time is spent on them."""
-    folders: dict[Path, list[Job]] = {}
+    groups: dict[Path, list[Job]] = {}  # by what tells whether they can: mostly the folder
     for job in plan.jobs:
-        folders.setdefault(Path(str(job.output)).parent, []).append(job)
-    for folder, jobs in folders.items():
-        if error := _probe(folder):
+        output = Path(str(job.output))
+        alone = os.path.lexists(output) or len(os.fsencode(output.name)) > NAME_MAX
+        groups.setdefault(output if alone else output.parent, []).append(job)
+    for path, jobs in groups.items():
+        reason = unwritable(Path(str(jobs[0].output)))
+        if is_stream(path) and len(plan.jobs) > 1:
+            reason = "is a FIFO or a device, which takes a single picture: give another --output"
+        if reason:
             for job in jobs:
-                job.error = error
+                job.error = IbmdError(f"{shown(path)}: {reason}")
             plan.failed.append(jobs)
     plan.jobs = [job for job in plan.jobs if job.error is None]
-
-
-def _probe(folder: Path) -> IbmdError | None:
-    """Tell why no file can be written to a folder, or to the one above it where it is to be made."""
-    above = folder
-    while not os.path.lexists(above) and above != above.parent:
-        above = above.parent
-    try:
-        tempfile.TemporaryFile(dir=above).close()
-    except OSError as error:
-        return IbmdError(f"{shown(folder)}: cannot be written to {why(error)}")
-    return None
 
 
 def _find(config: SampleConfig, plan: Plan) -> Iterator[Job]:
@@ -190,7 +183,7 @@ def _find(config: SampleConfig, plan: Plan) -> Iterator[Job]:
         if text == "-":
             yield Job("stdin", place="stdin")
             continue
-        for path, base in _matches(text, plan):
+        for path, base in _matches(text, config, plan):
             yield from _images(path, base or (path if os.path.isdir(path) else path.parent), config, plan)
     for text in _listed(config):
         if (named := _named(text, plan)) is not None:
@@ -208,7 +201,7 @@ def _named(text: str, plan: Plan) -> Path | None:
         return None
 
 
-def _matches(text: str, plan: Plan) -> list[tuple[Path, Path | None]]:
+def _matches(text: str, config: SampleConfig, plan: Plan) -> list[tuple[Path, Path | None]]:
     """Return the files and folders that an input stands for, each with the folder that its glob begins with."""
     if (path := _named(text, plan)) is None:
         return []
@@ -216,9 +209,18 @@ def _matches(text: str, plan: Plan) -> list[tuple[Path, Path | None]]:
         return [(path, None)]
     before = len(plan.failed)
     base, matches = find_matches(str(path), _unlisted(plan))
+    matches = [path for path in matches if not _made_here(path, base, config)]
     if not matches and len(plan.failed) == before:
         plan.fail(text, f"{shown(text)}: no such file or folder, and nothing matches it")
     return [(match, base) for match in matches]
+
+
+def _made_here(path: Path, base: Path, config: SampleConfig) -> bool:
+    """Tell whether a glob found what lies in the folder of the outputs, below the one where the glob begins."""
+    if config.output is None or not os.path.isdir(config.output):
+        return False
+    output, inside = (Path(os.path.realpath(p)) for p in (config.output, path))
+    return output != Path(os.path.realpath(base)) and output in inside.parents and output not in base.resolve().parents
 
 
 def _images(path: Path, root: Path, config: SampleConfig, plan: Plan) -> Iterator[Job]:
@@ -233,6 +235,11 @@ def _images(path: Path, root: Path, config: SampleConfig, plan: Plan) -> Iterato
         told = f"; {text}" if (text := passed_over(passed)) else ""
         plan.fail(str(path), f"{shown(path)}: no images in this folder{told}")
     yield from (Job(file.name, file, file.relative_to(root).as_posix()) for file in found)
+
+
+def stands(output: Path | str | None) -> bool:
+    """Tell whether something is there that an output would replace: what goes into a FIFO or a device does not."""
+    return os.path.lexists(str(output)) and not is_stream(str(output))
 
 
 def _unlisted(plan: Plan) -> Callable[[OSError], None]:
@@ -331,4 +338,4 @@ def _check_grid(jobs: Sequence[Job], config: SampleConfig) -> list[str]:
     for path in (path for job in jobs for path in (job.path, str(job.output))):
         if os.path.realpath(path) == real:
             raise UsageError(f"--grid {grid}: is {shown(path)}, an input or output; give another name")
-    return [config.grid] if os.path.lexists(config.grid) else []
+    return [config.grid] if stands(config.grid) else []

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ibmd_cli.data.labels import label_of, read_labels
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.files import why
+from ibmd_cli.files import is_stream, why
 from ibmd_cli.images.decode import Picture, decode, read_picture, shown
 from ibmd_cli.images.grids import thumbnail
 from ibmd_cli.sampling.claims import Claims
@@ -107,7 +107,7 @@ class Inputs:
 
 def _claim(claims: Claims, output: Path) -> bool:
     try:
-        return claims.take(output)
+        return is_stream(output) or claims.take(output)
     except OSError as error:
         raise IbmdError(f"{shown(output)}: cannot be written {why(error)}") from error
 
