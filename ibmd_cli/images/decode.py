@@ -174,7 +174,9 @@ def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
         if (turn := _TURNS.get(exif.get(ORIENTATION, 1))) is not None:
             rgb, kept = rgb.transpose(turn), kept and kept.transpose(turn)
         credits = {tag: exif[tag] for tag in (ARTIST, COPYRIGHT) if tag in exif}
-        return Picture(rgb, kept, _several(image), _dpi(image.info.get("dpi")), credits, tuple(notes))
+        if several := _several(image):
+            notes.append("several frames or pages: of such files the first one counts")
+        return Picture(rgb, kept, several, _dpi(image.info.get("dpi")), credits, tuple(notes))
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Job:
         skipped: whether another process is making it or has made it.
         error: why it is not made.
         size: (width, height) of the input, as soon as it is read.
-        several: whether the input holds more frames or pages.
+        notes: what is to be said of the input.
         dpi: see `decode.Picture`.
         tags: EXIF tag → text, which the output is to hold.
         before: the input, small, for the contact sheet.
@@ -69,7 +69,7 @@ class Job:
     skipped: bool = False
     error: IbmdError | None = None
     size: tuple[int, int] | None = None
-    several: bool = False
+    notes: tuple[str, ...] = ()
     dpi: tuple[float, float] | None = None
     tags: dict[int, str] = field(default_factory=dict)
     before: Image.Image | None = None

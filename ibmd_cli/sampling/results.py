@@ -32,7 +32,7 @@ class Results:
         self.config, self.reporter, self.meter = config, reporter, Meter()
         self.done = self.skipped = self.failed = 0
         self.failures: set[tuple[Path | None, str]] = set()  # inputs
-        self.said = False
+        self.said = set[str]()
         self.told: Job | None = None
         self.on_terminal = sys.stdout is not None and sys.stdout.isatty()
 
@@ -47,9 +47,9 @@ class Results:
                 self.skip(job)
         if failed := [job for job in jobs if job.error]:
             self.fail(failed)
-        if jobs[-1].several and not self.said:
-            self.said = True
-            self.reporter.note(f"{shown(jobs[-1].path)}: several frames or pages: of such files the first one counts")
+        for note in set(jobs[-1].notes) - self.said:  # of each kind, one
+            self.said.add(note)
+            self.reporter.note(f"{shown(jobs[-1].path)}: {note}")
         return [job for job in jobs if not (job.skipped or job.error)]
 
     def finish(self, job: Job) -> None:

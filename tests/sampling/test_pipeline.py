@@ -597,6 +597,18 @@ def test_inputs_as_addresses(sample, drawings, monkeypatch):
     assert "--files-from http://x.org/list: addresses (http://) are not read" in refused.err
 
 
+def test_of_profiles_that_are_ignored_and_further_frames_one_of_each_kind_is_said(sample, drawings):
+    for i in range(4):
+        with Image.open(drawings / f"drawing-{i}.png") as image:
+            image.load()
+        more = {"save_all": True, "append_images": [image.rotate(90)]} if i > 1 else {"icc_profile": b"no profile"}
+        image.save(drawings / f"drawing-{i}.png", **more)
+    result = sample("-i", drawings, "-o", "out/")
+    assert result.code == 0
+    assert result.err.count("its colour profile is ignored (") == 1
+    assert result.err.count("several frames or pages: of such files the first one counts") == 1
+
+
 def test_what_is_passed_over_in_folders_is_said(sample, drawings):
     for name in ("a.heic", "b.HEIC", "c.txt"):
         (drawings / name).write_bytes(b"x")
