@@ -3,9 +3,12 @@
 On a terminal, a bar; elsewhere a plain line every few seconds and no escape code at all.
 """
 
+import codecs
+import io
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -21,6 +24,36 @@ def is_plain(stream: TextIO | None = None) -> bool:
     asked = environ.get("TERM") == "dumb" or "NO_COLOR" in environ or environ.get("CI", "") not in ("", "0", "false")
     stream = stream or sys.stderr
     return asked or stream is None or not stream.isatty()  # None: closed
+
+
+def accept_any_text() -> None:
+    """Have stdout and stderr never die of a character, and give the bytes of files' names back as they are.
+
+    In an ASCII locale they become UTF-8; in others, characters that are not of the locale become plain ones, or `?`.
+    """
+    codecs.register_error("ibmd", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            ascii_only = codecs.lookup(stream.encoding).name == "ascii"
+            stream.reconfigure(
+                **({"encoding": "utf-8", "errors": "surrogateescape"} if ascii_only else {"errors": "ibmd"})
+            )
+
+
+def _plain(error: UnicodeError) -> tuple[bytes, int]:
+    """Return what stands for characters that an encoding does not have, see `codecs.register_error`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    plain = bytearray()
+    for character in error.object[error.start : error.end]:
+        if "\udc80" <= character <= "\udcff":  # a byte of a file's name
+            plain.append(ord(character) - 0xDC00)
+        else:
+            plain += unicodedata.normalize("NFKD", _PLAIN.get(character, character)).encode("ascii", "ignore") or b"?"
+    return bytes(plain), error.end
+
+
+_PLAIN = {"×": "x", "–": "-", "→": "->", "≤": "<=", "≥": ">=", "·": "*"}
 
 
 def counted(count: int, noun: str) -> str:

@@ -15,13 +15,14 @@ from ibmd_cli.cli import distill, evaluate, export, sample
 from ibmd_cli.cli.commands import app
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.processes import Process, this_process
-from ibmd_cli.reporting import Reporter, is_plain
+from ibmd_cli.reporting import Reporter, accept_any_text, is_plain
 
 __all__ = ["app", "distill", "evaluate", "export", "main", "sample"]
 
 
 def main() -> None:
     """Run the program; tell what the user can mend in one line, and keep tracebacks for --debug."""
+    accept_any_text()
     reporter = Reporter()
     if is_plain(sys.stdout):
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # Typer writes escape codes where GITHUB_ACTIONS is set

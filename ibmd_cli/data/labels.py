@@ -1,6 +1,9 @@
 """Classes of images: from a CSV file with lines PATH,CLASS, or from the folders that hold them. Imports no PyTorch."""
 
+import codecs
 import csv
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +23,8 @@ def read_labels(file: str, flag: str) -> dict[str, int]:
         UsageError: it cannot be read, or has another line.
     """
     try:
-        with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
-            return {path: int(number) for path, number in csv.reader(lines)}
+        text = os.fsdecode(Path(file).read_bytes().removeprefix(codecs.BOM_UTF8))  # paths are bytes in every locale
+        return {path: int(number) for path, number in csv.reader(io.StringIO(text, newline=""))}
     except OSError as error:
         raise UsageError(f"{flag} {shown(file)}: cannot be read {why(error)}") from error
     except ValueError as error:

@@ -73,7 +73,7 @@ def write_report(out: Path, results: Data) -> None:
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     with atomic_file(out / "report.html") as new:
-        new.write_text(page, encoding="utf-8")
+        new.write_text(page, encoding="utf-8", errors="surrogateescape")
 
 
 # ------------------------------------------------------------------------------------------------------- in words

@@ -97,7 +97,11 @@ _DECODING = Budget()
 
 def shown(path: str | Path) -> str:
     """Spell a file's name on one line: control characters, and bytes that are not UTF-8, are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:  # text that is no path of this machine's locale
+        name = os.fspath(path).encode("utf-8", "surrogateescape")
+    text = name.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

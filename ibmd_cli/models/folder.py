@@ -66,7 +66,8 @@ def _weights(model: Model, dtype: str) -> dict[str, Tensor]:
 def _save_tensors(tensors: dict[str, Tensor], config: dict[str, Any], file: Path) -> None:
     try:
         # One key alone: several are written in an order that varies, and equal models shall have equal files.
-        save_file(tensors, file, metadata={"ibmd": json.dumps(config, ensure_ascii=False)})
+        text = json.dumps(config, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+        save_file(tensors, file, metadata={"ibmd": text})
     except SafetensorError as error:
         raise IbmdError(f"{file}: cannot be written ({error}): is the disk full?") from error
     file.chmod(0o644)  # safetensors writes for the owner alone

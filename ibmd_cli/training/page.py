@@ -65,7 +65,7 @@ def write_page(out: Path, status: str) -> None:
         version=run["ibmd_version"],
     )
     with atomic_file(out / "run.html") as new:
-        new.write_text(page, encoding="utf-8")
+        new.write_text(page, encoding="utf-8", errors="surrogateescape")
 
 
 def _facts(lines: Sequence[Mapping[str, Any]], steps: int) -> dict[str, str]:
