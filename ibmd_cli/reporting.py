@@ -34,10 +34,10 @@ def accept_any_text() -> None:
     codecs.register_error("ibmd", _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            ascii_only = codecs.lookup(stream.encoding).name == "ascii"
-            stream.reconfigure(
-                **({"encoding": "utf-8", "errors": "surrogateescape"} if ascii_only else {"errors": "ibmd"})
-            )
+            if codecs.lookup(stream.encoding).name == "ascii":
+                stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+            else:
+                stream.reconfigure(errors="ibmd")
 
 
 def _plain(error: UnicodeError) -> tuple[bytes, int]:
