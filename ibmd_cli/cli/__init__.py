@@ -26,7 +26,9 @@ def main() -> None:
     reporter = Reporter()
     if is_plain(sys.stdout):
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # Typer writes escape codes where GITHUB_ACTIONS is set
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: exit code 130, no temporary file
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C: exit code 130, no temporary file
     try:
         app()
     except IbmdError as error:

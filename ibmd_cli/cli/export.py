@@ -27,15 +27,15 @@ def export(config: ExportConfig, common: Common) -> None:
     files, reporter, reports = config.files(), Reporter(common.quiet), []
     from ibmd_cli.export.exporter import Exporter
 
-    exporter = Exporter(config.student)
+    exporter = Exporter(config.student, reporter.note)
     for file in files:
-        reporter.note(f"writing {file.output}, and running it back")
         reports.append(report := exporter.export(file))
         times = report["ms_per_image"]
         reporter.note(
             f"{file.output}: {report['bytes'] / 1e6:.2f} MB, largest difference {report['max_difference']:.2g}, "
             f"{times['exported']:.2f} ms/image (student: {times['student']:.2f})"
         )
+        reporter.note(f"next: {report['next']}")
     if common.as_json:
         typer.echo(json.dumps({"schema": 1, "exports": reports} if config.everything else reports[0]))
     elif config.everything:

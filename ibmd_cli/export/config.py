@@ -12,17 +12,18 @@ STUDENT = "builtin:outline2emoji"
 
 
 class Format(NamedTuple):
-    """A file format: the ending of its names, and the dtypes that its weights may have."""
+    """A file format: the ending of its names, the dtypes that its weights may have, and the steps until it is there."""
 
     suffix: str
     dtypes: tuple[str, ...]
+    steps: int
 
 
 FORMATS = {
-    "safetensors": Format(".safetensors", ("fp32", "fp16", "bf16")),
-    "onnx": Format(".onnx", ("fp32", "fp16", "bf16", "int8")),
-    "torch-export": Format(".pt2", ("fp32", "fp16", "bf16")),
-    "web": Format(".html", ("fp32", "fp16", "int8")),
+    "safetensors": Format(".safetensors", ("fp32", "fp16", "bf16"), 2),
+    "onnx": Format(".onnx", ("fp32", "fp16", "bf16", "int8"), 5),
+    "torch-export": Format(".pt2", ("fp32", "fp16", "bf16"), 3),
+    "web": Format(".html", ("fp32", "fp16", "int8"), 6),
 }
 """`web` is a page that holds the student as ONNX."""
 
@@ -119,7 +120,7 @@ class ExportConfig(Record):
         return self.output or Path()
 
     def _checked(self) -> "ExportConfig":
-        suffix, dtypes = FORMATS[str(self.format)]
+        suffix, dtypes, _ = FORMATS[str(self.format)]
         output = self.path
         if self.dtype not in dtypes:
             raise UsageError(f"--dtype {self.dtype}: is not one of {', '.join(dtypes)}, which {self.format} has")

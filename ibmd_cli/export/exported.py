@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ibmd_cli.errors import IbmdError
+from ibmd_cli.models import FORMAT_VERSION
 
 INPUTS = ("x_T", "z", "eps", "mask", "label")
-FORMAT_VERSION = 1
 METADATA = "ibmd"
 """Name under which a file holds its `config.json`."""
 
@@ -40,6 +40,7 @@ class ExportedStudent(ABC):
         image_size: height and width of the images it was trained on. Others may do, see `ibmd export`.
         source_scale: side of a result in units of its source's, which comes enlarged: 4 for 4× super-resolution.
         nfe: network calls per image.
+        size_multiple: height and width of sources are multiples of it.
         device: "cpu".
 
     Raises:
@@ -56,6 +57,9 @@ class ExportedStudent(ABC):
             self.image_size = int(image["size"])
             self.source_scale = int(image.get("source_scale", 1))
             self.nfe = len(sampling["timesteps"])
+            self.size_multiple = config["network"].get("patch_size", 1) * 2 ** (
+                len(config["network"]["channel_mult"]) - 1
+            )
             noise = sampling["noise"]
             self.noise_shape = (noise["channels"], noise["grid"], noise["grid"]) if noise["channels"] else None
         except (KeyError, TypeError, ValueError) as error:
@@ -74,7 +78,22 @@ class ExportedStudent(ABC):
 
         Returns:
             float32 (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            IbmdError: x_T has another shape, or H and W are no multiples of `size_multiple`.
         """
+        multiple = self.size_multiple
+        if (
+            x_T.ndim != 4
+            or x_T.shape[1] != 3
+            or x_T.shape[2] % multiple
+            or x_T.shape[3] % multiple
+            or 0 in x_T.shape[2:]
+        ):
+            wanted = f"(B, 3, H, W), height and width multiples of {multiple}"
+            raise IbmdError(f"{self.file.name}: x_T of shape {x_T.shape}: expected {wanted}")
+        if not len(x_T):
+            return x_T.astype(np.float32)
         z, eps = [], []  # drawn in the order of `distillation.translate`
         for n in range(self.nfe):
             if self.noise_shape is not None:

@@ -1,8 +1,10 @@
 """`ibmd export`: write a student as one file, run it back on real sources, and keep it only if it agrees."""
 
 import math
+import os
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -12,16 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ibmd_cli.claims import Claims
 from ibmd_cli.data.degradations import fill_hole
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.export.config import ExportConfig
+from ibmd_cli.export.config import FORMATS, ExportConfig
 from ibmd_cli.export.demo_page import write_page
 from ibmd_cli.export.load import open_exported
-from ibmd_cli.export.program import Unrolled, export_program, noise_shapes
+from ibmd_cli.export.program import Unrolled, export_program
 from ibmd_cli.files import atomic_file
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.folder import load_student, save_weights
+from ibmd_cli.models.interface import describe, noise_shapes
 from ibmd_cli.models.model import Student
 
 
@@ -49,29 +53,63 @@ class Exporter:
 
     Args:
         reference: of the student.
+        note: told of each step before it begins.
 
     Raises:
         NotAvailable: there is no such student.
     """
 
-    def __init__(self, reference: str) -> None:
-        self.student = load_student(reference)
+    def __init__(self, reference: str, note: Callable[[str], None] = lambda text: None) -> None:
+        self.student, self.note = load_student(reference), note
         self.graphs: dict[tuple[int, bool], Any] = {}
 
     def export(self, config: ExportConfig) -> dict[str, Any]:
-        """Write a file.
+        """Write a file. Unless it may be replaced, it is claimed before work begins, and one that appears stays.
 
         Returns:
-            Its size, and what `compare` finds.
+            Its size, what `compare` finds, and what can be done with it `next`.
 
         Raises:
             UsageError: there is no such opset.
             NotAvailable: what the format needs is not installed.
-            IbmdError: the file does not agree with the student; it is not left behind.
+            IbmdError: the file does not agree with the student; it is not left behind. Or another command writes it.
         """
-        with atomic_file(config.path) as new, TemporaryDirectory() as folder:
+        output, replace, steps = config.path, config.on_exists == "overwrite", count(1)
+        mend = "give another --output, or --on-exists overwrite"
+
+        def say(what: str) -> None:
+            self.note(f"{output}: step {next(steps)} of {FORMATS[str(config.format)].steps}, {what}")
+
+        with Claims() as claims:
+            if not replace and not claims.take(output):
+                there = "exists" if os.path.lexists(output) else "another export is writing it"
+                raise IbmdError(f"{output}: {there}; {mend}")
+            try:
+                with atomic_file(output, replace) as new:
+                    report = self._write_checked(config, new, say)
+                    report["bytes"] = new.stat().st_size
+            except FileExistsError as error:
+                raise IbmdError(f"{output}: appeared meanwhile, and is left as it is; {mend}") from error
+        use = (
+            f"open {output} in a browser" if config.format == "web" else f"ibmd sample --student {output} --input IMAGE"
+        )
+        if config.noise_inside:
+            use = "its description says how it is called: ibmd sample cannot give it noise"
+        return {
+            "schema": 1,
+            "output": str(output),
+            "format": config.format,
+            "dtype": config.dtype,
+            **report,
+            "next": use,
+        }
+
+    def _write_checked(self, config: ExportConfig, new: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        """Write a file and run it back; returns what `compare` finds."""
+        with TemporaryDirectory() as folder:
             file = Path(folder) / "student.onnx" if config.format == "web" else new
-            self._write(config, file)
+            self._write(config, file, say)
+            say("running it back, and comparing it with the student")
             report = compare(self.student, file, config.noise_inside, config.seed)
             exact = config.format == "safetensors" and config.dtype == "fp32"  # a copy
             allowed = Tolerance(0.0, math.inf) if exact else TOLERANCE[config.dtype]
@@ -83,22 +121,16 @@ class Exporter:
                     f"nothing was written. Try --dtype fp32"
                 )
             if config.format == "web":
+                say("packing it with its runtime into a page")
                 write_page(self.student, file, new)
-            size = new.stat().st_size
-        return {
-            "schema": 1,
-            "output": str(config.output),
-            "format": config.format,
-            "dtype": config.dtype,
-            "bytes": size,
-            **report,
-        }
+        return report
 
-    def _write(self, config: ExportConfig, file: Path) -> None:
+    def _write(self, config: ExportConfig, file: Path, say: Callable[[str], None]) -> None:
         if config.format == "safetensors":
-            save_weights(self.student, file, config.dtype)
+            say("writing")
+            save_weights(self.student, file, config.dtype, describe(self.student))
         elif config.format == "torch-export":
-            export_program(self.student, file, config.dtype, config.noise_inside)
+            export_program(self.student, file, config.dtype, config.noise_inside, say)
         else:
             from ibmd_cli.export import onnx
 
@@ -108,7 +140,8 @@ class Exporter:
                 raise UsageError(f"--opset {opset}: expected {first} to {last}")
             key = opset, config.noise_inside
             if key not in self.graphs:
-                self.graphs[key] = onnx.make_graph(self.student, *key)
+                self.graphs[key] = onnx.make_graph(self.student, *key, say)
+            say("writing")
             onnx.save_graph(self.graphs[key], file, config.dtype)
 
 

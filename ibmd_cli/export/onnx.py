@@ -25,7 +25,8 @@ import torch
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.export.exported import INPUTS, METADATA, sealed
-from ibmd_cli.export.program import noise_shapes, trace
+from ibmd_cli.export.program import Say, trace
+from ibmd_cli.models.interface import describe, describe_tensors, noise_shapes
 from ibmd_cli.models.model import Student
 
 try:
@@ -46,24 +47,6 @@ MAX_BYTES = 2**31 - 1  # of a protocol buffer
 SMALL = 1024  # numbers: biases and norms stay float32
 
 
-def export_onnx(
-    student: Student, file: Path, *, dtype: str = "fp32", opset: int = OPSET, noise_inside: bool = False
-) -> None:
-    """Write a student as an ONNX file, for any number of images of any size that its network takes.
-
-    Args:
-        student: on the CPU.
-        file: the file.
-        dtype: of the weights, one of `DTYPES`.
-        opset: version of ONNX's operators, in `OPSETS`.
-        noise_inside: z and eps are no inputs but drawn by the graph, and outputs after x_0.
-
-    Raises:
-        IbmdError: see `save_graph`.
-    """
-    save_graph(make_graph(student, opset, noise_inside), file, dtype)
-
-
 def save_graph(model: onnx.ModelProto, file: Path, dtype: str = "fp32") -> None:
     """Write a graph with its weights in `dtype`, one of `DTYPES`, after ONNX's own checks and shape inference.
 
@@ -77,11 +60,22 @@ def save_graph(model: onnx.ModelProto, file: Path, dtype: str = "fp32") -> None:
     file.write_bytes(sealed(model.SerializeToString()))
 
 
-def make_graph(student: Student, opset: int = OPSET, noise_inside: bool = False) -> onnx.ModelProto:
-    """Return the graph of a student, see `export_onnx`, with nothing left to compute before inputs are known."""
+def make_graph(
+    student: Student, opset: int = OPSET, noise_inside: bool = False, say: Say = lambda step: None
+) -> onnx.ModelProto:
+    """Return the graph of a student on the CPU, with nothing left to compute before inputs are known.
+
+    Args:
+        student: whose.
+        opset: version of ONNX's operators, in `OPSETS`.
+        noise_inside: z and eps are no inputs but drawn by the graph, and outputs after x_0.
+        say: told of each step before it begins.
+    """
+    say("tracing the network")
     program = trace(student, noise_inside=noise_inside)
     names = [name for name in INPUTS if name.lower() in {node.name for node in program.graph.nodes}]
     drawn = list(noise_shapes(student, (3, 1, 1))) if noise_inside else []
+    say("translating it into ONNX (the longest step: about a minute)")
     with _silence():
         exported = torch.onnx.export(
             program,
@@ -92,15 +86,73 @@ def make_graph(student: Student, opset: int = OPSET, noise_inside: bool = False)
             verbose=False,
         )
     assert exported is not None
+    say("computing what does not depend on the image")
     model = _fold(exported.model_proto)
+    _guard(model, student.predictor.backbone.size_multiple)
+    _describe(model, student, noise_inside)
+    return model
+
+
+def _describe(model: onnx.ModelProto, student: Student, noise_inside: bool) -> None:
+    """Write into a graph what its tensors are, for readers and for `load`, and the lowest IR version that holds it."""
+    texts = describe_tensors(student)
     for value in (*model.graph.input, *model.graph.output):
         value.ClearField("metadata_props")
+        value.doc_string = texts[value.name]
         dims = value.type.tensor_type.shape.dim
         for i, name in enumerate(("batch", "", "height", "width")[: len(dims)]):
             if dims[i].dim_param:
                 dims[i].dim_param = name
-    onnx.helper.set_model_props(model, {METADATA: json.dumps(student.config, ensure_ascii=False)})
-    return model
+    model.doc_string = model.graph.doc_string = describe(student, noise_inside)
+    config = json.dumps(student.config, ensure_ascii=False)
+    multiple = str(student.predictor.backbone.size_multiple)
+    onnx.helper.set_model_props(model, {METADATA: config, "size_multiple": multiple})
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
+
+
+def _guard(model: onnx.ModelProto, multiple: int) -> None:
+    """Let a graph refuse sides that are no multiples by a node whose name says so, and answer no images with none.
+
+    Runtimes cannot reshape what is empty, so a blank image joins an empty batch, and its result is cut off.
+    """
+    graph, kinds = model.graph, {onnx.TensorProto.FLOAT: "float", onnx.TensorProto.INT64: "int64"}
+    inner = {value.name: f"guard_{value.name}" for value in (*graph.input, *graph.output)}
+    for own in graph.node:
+        own.input[:] = [inner.get(name, name) for name in own.input]
+        own.output[:] = [inner.get(name, name) for name in own.output]
+    before = _GUARD.format(multiple)
+    for value in graph.input:
+        padded = "guard_padded" if value.name == "x_T" else inner[value.name]
+        before += _PAD.format(value.name, kinds[value.type.tensor_type.elem_type], padded)
+    after = "".join(f"{v.name} = Slice({inner[v.name]}, guard_0, guard_batch, guard_0)\n" for v in graph.output)
+    heads, ends = (list(map(onnx.parser.parse_node, text.split("\n")[:-1])) for text in (before + _SIDES, after))
+    heads[-2].name = f"height_and_width_must_be_multiples_of_{multiple}"
+    nodes = [*heads, *graph.node, *ends]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+_GUARD = """guard_0 = Constant<value_ints: ints = [0]>()
+guard_1 = Constant<value_ints: ints = [1]>()
+guard_unit = Constant<value_ints: ints = [{}]>()
+guard_batch = Shape<start: int = 0, end: int = 1>(x_T)
+guard_lacking = Sub(guard_1, guard_batch)
+guard_more = Max(guard_lacking, guard_0)
+"""
+_PAD = """guard_{0}_rest = Shape<start: int = 1>({0})
+guard_{0}_shape = Concat<axis: int = 0>(guard_more, guard_{0}_rest)
+guard_{0}_blank = ConstantOfShape<value: tensor = {1}[1] {{0}}>(guard_{0}_shape)
+{2} = Concat<axis: int = 0>({0}, guard_{0}_blank)
+"""
+_SIDES = """guard_all = Shape(guard_padded)
+guard_planes = Shape<end: int = 2>(guard_padded)
+guard_sides = Shape<start: int = 2>(guard_padded)
+guard_cells = Div(guard_sides, guard_unit)
+guard_whole = Mul(guard_cells, guard_unit)
+guard_shape = Concat<axis: int = 0>(guard_planes, guard_whole)
+guard_fits = Reshape(guard_padded, guard_shape)
+guard_x_T = Reshape(guard_fits, guard_all)
+"""
 
 
 def _fold(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -18,7 +18,7 @@ import json
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from ibmd_cli.devices import single_threaded
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.export.exported import INPUTS, METADATA, Draw, ExportedStudent, check
 from ibmd_cli.method.noise import stream
+from ibmd_cli.models.interface import describe, noise_shapes
 from ibmd_cli.models.model import DTYPES, Student
 
 _aten = torch.ops.aten
+Say = Callable[[str], None]
 
 
 class Unrolled(nn.Module):
@@ -95,17 +97,6 @@ class _Widened(nn.Module):
         return stored.float()
 
 
-def noise_shapes(student: Student, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of z and eps for one image of `shape` (3, H, W); without those that are not taken."""
-    setup, calls = student.setup, student.nfe
-    shapes: dict[str, tuple[int, ...]] = {}
-    if setup.noise_shape is not None:
-        shapes["z"] = (calls * setup.noise_shape[0], *setup.noise_shape[1:])
-    if calls > 1 and not setup.bridge.noise_free:
-        shapes["eps"] = ((calls - 1) * shape[0], *shape[1:])
-    return shapes
-
-
 def trace(student: Student, dtype: str = "fp32", noise_inside: bool = False) -> ExportedProgram:
     """Trace a student for any number of images, of any size that its network takes.
 
@@ -132,9 +123,13 @@ def trace(student: Student, dtype: str = "fp32", noise_inside: bool = False) -> 
     return torch.export.export(Unrolled(student, dtype, noise_inside), (), inputs, dynamic_shapes=shapes)
 
 
-def export_program(student: Student, file: Path, dtype: str = "fp32", noise_inside: bool = False) -> None:
-    """Write a student as a PyTorch program (.pt2), with its configuration in it; see the module and `trace`."""
+def export_program(
+    student: Student, file: Path, dtype: str = "fp32", noise_inside: bool = False, say: Say = lambda step: None
+) -> None:
+    """Write a student as a PyTorch program (.pt2), with its configuration and a description in it; see `trace`."""
+    say("tracing the network")
     program = trace(student, dtype, noise_inside)
+    say("writing")
     graph = program.graph
     for node in list(graph.nodes):
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):  # paths of this machine
@@ -150,7 +145,12 @@ def export_program(student: Student, file: Path, dtype: str = "fp32", noise_insi
     program.example_inputs = None
     with warnings.catch_warnings():  # that weights may be incomplete, if they are channels-last and on a GPU
         warnings.simplefilter("ignore")
-        torch.export.save(program, file, extra_files={METADATA: json.dumps(student.config, ensure_ascii=False)})
+        config = json.dumps(student.config, ensure_ascii=False)
+        texts = {
+            "README.md": describe(student, noise_inside),
+            "size_multiple": str(student.predictor.backbone.size_multiple),
+        }
+        torch.export.save(program, file, extra_files={METADATA: config, **texts})
 
 
 class ProgramStudent(ExportedStudent):

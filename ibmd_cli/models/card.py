@@ -15,6 +15,7 @@ from ibmd_cli.files import read_json
 from ibmd_cli.hub import parse_hf, push, repository
 from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import load_student
+from ibmd_cli.models.interface import describe_tensors, sample_script
 from ibmd_cli.models.model import Student
 
 GRID = "grid.png"
@@ -53,6 +54,7 @@ def student_card(
         f"![Sources, teacher, student]({GRID})" if grid else "",
         _table(("", ""), _facts(student, teacher).items()),
         f"## Use\n\n{_examples(student, reference)}",
+        f"## Without ibmd\n\n{_elsewhere(student, reference)}",
         f"## Figures\n\n{_figures(results)}" if results else "",
         f"## Licence\n\nThat of its teacher: {config['licence']}. {note}".rstrip(),
         f"## Settings\n\n{_table(('setting', 'value'), _code(config['training']).items())}",
@@ -225,6 +227,17 @@ def _examples(student: Student, reference: str) -> str:
         f'result = student(Image.open("SOURCE.png"){hole}{index})',
     ]
     return "```sh\n{}\n```\n\n```python\n{}\n```".format("\n".join(commands), "\n".join(python))
+
+
+def _elsewhere(student: Student, reference: str) -> str:
+    """Say how the student runs with NumPy and ONNX Runtime alone."""
+    script = sample_script(student)
+    return (
+        f"`ibmd export --student {reference} --output student.onnx` writes one file, which other programs run. Its "
+        f"tensors:\n\n{_table(('tensor', 'meaning'), describe_tensors(student).items())}\n\n"
+        f"These {len(script.splitlines())} lines make the picture that `ibmd sample` makes of an 8-bit sRGB image, "
+        f"with the noise of the same seed and file name:\n\n```python\n{script}\n```"
+    )
 
 
 def _figures(results: Mapping[str, Any]) -> str:

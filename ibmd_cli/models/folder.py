@@ -18,12 +18,10 @@ from torch import Tensor
 from ibmd_cli import __version__, hub
 from ibmd_cli.errors import IbmdError, NotAvailable, nearest
 from ibmd_cli.files import assets, atomic_folder, read_json
+from ibmd_cli.models import FORMAT_VERSION
 from ibmd_cli.models.model import DTYPES, Model, Student, Teacher
 from ibmd_cli.models.samplers import check_sampler
 from ibmd_cli.networks.predictor import Predictor, make_predictor
-
-FORMAT_VERSION = 1
-
 
 # ---------------------------------------------------------------------------------------------------- folders
 
@@ -54,9 +52,9 @@ def save_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
         )
 
 
-def save_weights(model: Model, file: Path, dtype: str) -> None:
-    """Write the weights as safetensors, with the configuration as metadata."""
-    _save_tensors(_weights(model, dtype), model.config, file)
+def save_weights(model: Model, file: Path, dtype: str, readme: str = "") -> None:
+    """Write the weights as safetensors, with the configuration as metadata, and in it a text for other readers."""
+    _save_tensors(_weights(model, dtype), {**model.config, **({"readme": readme} if readme else {})}, file)
 
 
 def _weights(model: Model, dtype: str) -> dict[str, Tensor]:
@@ -117,6 +115,7 @@ def read_config(path: Path) -> dict[str, Any]:
         IbmdError: it is no model of ibmd, or of a newer format.
     """
     config = read_metadata(path) if path.is_file() else read_json(path / "config.json")
+    config.pop("readme", None)
     if config.get("format") not in ("ibmd-teacher", "ibmd-student"):
         raise IbmdError(f"{path}: not a model of ibmd: its format is {config.get('format')!r}")
     version = config.get("format_version")

@@ -156,6 +156,8 @@ class Student(Model):
     @torch.no_grad()
     def translate(self, batch: Sources, rng: Streams, nfe: int | None = None) -> Tensor:
         """Translate sources (B, C, H, W) in [-1, 1], in `nfe` calls (see `setup_for`); returns the same shape."""
+        if not len(batch.x_T):
+            return batch.x_T.clone()
         *_, x_0 = translate(self.predictor, self.setup_for(nfe or self.nfe), batch, rng)
         return x_0.clamp(-1, 1)
 

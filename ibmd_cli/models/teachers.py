@@ -14,10 +14,9 @@ from ibmd_cli import hub
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import IbmdError, UsageError, nearest
 from ibmd_cli.files import read_json
-from ibmd_cli.models import catalogue
+from ibmd_cli.models import FORMAT_VERSION, catalogue
 from ibmd_cli.models.catalogue import published, to_fetch
 from ibmd_cli.models.folder import (
-    FORMAT_VERSION,
     is_model,
     is_run,
     list_builtin,

@@ -99,9 +99,9 @@ class AttentionBlock(nn.Module):
         B, C, H, W = x.shape
         qkv = convolve(self.norm(x), self.qkv.weight[..., None], self.qkv.bias).permute(0, 2, 3, 1)  # (B, H, W, 3C)
         if self.order == "new":
-            q, k, v = qkv.reshape(B, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.reshape(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         else:
-            q, k, v = qkv.reshape(B, H * W, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+            q, k, v = qkv.reshape(B, H * W, self.heads, 3, C // self.heads).permute(3, 0, 2, 1, 4)
         h = attend(q, k, v).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return x + convolve(h, self.proj_out.weight[..., None], self.proj_out.bias)
 
@@ -189,15 +189,20 @@ class UNet(nn.Module):
 
         Returns:
             (B, out_channels, H, W).
+
+        Raises:
+            ValueError: H or W is no such multiple; or a label is missing, or too many.
         """
         if (label is None) != (self.config.num_classes is None):
             raise ValueError(f"a network of {self.config.num_classes or 'no'} classes, but label is {label}")
-        patch = self.config.patch_size
+        patch, multiple = self.config.patch_size, self.size_multiple
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(f"images of {x.shape[2]}×{x.shape[3]}: height and width must be multiples of {multiple}")
         emb = self.time_embed(sinusoid(c_noise, self.config.model_channels))
         if label is not None:
             emb = emb + self.label_emb(label)
         if patch > 1:
-            x, z = F.pixel_unshuffle(x, patch), None if z is None else F.pixel_unshuffle(z, patch)
+            x, z = to_cells(x, patch), None if z is None else to_cells(z, patch)
         h = self.input_blocks[0].get_submodule("0")(x, z)
         skips = [h]
         for module in self.input_blocks[1:]:
@@ -208,7 +213,7 @@ class UNet(nn.Module):
             h = self._run(module, torch.cat([h, skips.pop()], dim=1), emb)
         norm, _, head = self.out
         h = activate(h, norm, head)
-        return F.pixel_shuffle(h, patch) if patch > 1 else h
+        return to_pixels(h, patch) if patch > 1 else h
 
     def _run(self, module: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -217,6 +222,24 @@ class UNet(nn.Module):
         else:
             h = module(h, emb)
         return h
+
+
+def to_cells(x: Tensor, patch: int) -> Tensor:
+    """Stack cells of `patch` × `patch` pixels of (B, C, H, W) as channels, as `F.pixel_unshuffle`, also if B is 0."""
+    if not torch.compiler.is_compiling():
+        return F.pixel_unshuffle(x, patch)
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(B, C * patch**2, H // patch, W // patch)
+
+
+def to_pixels(x: Tensor, patch: int) -> Tensor:
+    """Undo `to_cells`, as `F.pixel_shuffle`, also if B is 0."""
+    if not torch.compiler.is_compiling():
+        return F.pixel_shuffle(x, patch)
+    B, C, H, W = x.shape
+    x = x.reshape(B, C // patch**2, patch, patch, H, W).permute(0, 1, 4, 2, 5, 3)
+    return x.reshape(B, C // patch**2, H * patch, W * patch)
 
 
 def sinusoid(c_noise: Tensor, channels: int) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from PIL import Image
 
 from ibmd_cli import __version__
+from ibmd_cli.claims import Claims
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.export.load import is_exported, load_exported
 from ibmd_cli.files import FULL, is_stream, why, write_file
@@ -30,7 +31,6 @@ from ibmd_cli.images.find import passed_over
 from ibmd_cli.images.grids import Sheet, thumbnail
 from ibmd_cli.processes import AllGather, connect, this_process
 from ibmd_cli.reporting import Reporter
-from ibmd_cli.sampling.claims import Claims
 from ibmd_cli.sampling.config import STUDENT, SampleConfig
 from ibmd_cli.sampling.plan import Job, by_input, make_plan, stands
 from ibmd_cli.sampling.read import Inputs

@@ -1,12 +1,15 @@
 """`ibmd export`: files that agree with the student, or no file."""
 
 import json
-import logging
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -16,19 +19,12 @@ import ibmd_cli.export.program
 from ibmd_cli.cli import app
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.export.config import FORMATS, ExportConfig
-from ibmd_cli.export.exporter import Tolerance
+from ibmd_cli.export.exporter import Exporter, Tolerance
 from ibmd_cli.export.load import load_exported, open_exported
 from ibmd_cli.models.folder import load_model
+from ibmd_cli.models.interface import describe
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    """PyTorch tells pytest's log thousands of things while it traces."""
-    logging.getLogger("torch").propagate = False
-    yield
-    logging.getLogger("torch").propagate = True
 
 
 def export(*arguments: object) -> object:
@@ -43,9 +39,12 @@ def test_file_agrees_and_carries_its_configuration(tmp_path: Path, dtype: str):
     file = tmp_path / "student.safetensors"
     result = export("--dtype", dtype, "--output", file, "--json", *(["--quiet"] if dtype == "bf16" else []))
     notes, report = result.stderr.splitlines(), json.loads(result.stdout)
-    assert notes[:1] == ([] if dtype == "bf16" else [f"writing {file}, and running it back"])
+    assert [note.partition(": step ")[2][:6] for note in notes[:2]] == ([] if dtype == "bf16" else ["1 of 2", "2 of 2"])
+    assert bool(notes) == (dtype != "bf16") == any("next: ibmd sample --student" in note for note in notes)
     student, again = load_model("builtin:outline2emoji", "student"), load_model(str(file), "student")
     assert again.config == student.config
+    with safe_open(file, "pt") as tensors:
+        assert json.loads(tensors.metadata()["ibmd"])["readme"] == describe(student)
     assert {v.dtype for v in load_file(file).values()} == {
         getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype])
     }
@@ -73,6 +72,46 @@ def test_existing_file_is_kept(tmp_path: Path):
     assert file.read_text() == "precious"
     export("--output", file, "--on-exists", "overwrite")
     assert load_model(str(file)).nfe == 1
+
+
+def test_file_that_appears_meanwhile_is_kept(tmp_path: Path):
+    """At the last step, so that only the moment of naming can tell."""
+    file = tmp_path / "student.safetensors"
+    (config,) = ExportConfig(output=file, dtype="fp16").files()
+    with pytest.raises(IbmdError, match="appeared meanwhile, and is left as it is; give another --output, or --on"):
+        Exporter("builtin:outline2emoji", lambda step: file.write_text("precious")).export(config)
+    assert file.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_exports_into_one_file(tmp_path: Path):
+    """The second is refused while the first works, whose file is whole."""
+    file, refused = tmp_path / "student.safetensors", []
+    (config,) = ExportConfig(output=file, dtype="fp16").files()
+
+    def export_again(step: str) -> None:
+        with pytest.raises(IbmdError, match="another export is writing it; give another --output") as caught:
+            Exporter("builtin:outline2emoji").export(config)
+        refused.append(caught.value)
+
+    Exporter("builtin:outline2emoji", export_again).export(config)
+    assert len(refused) == 2
+    assert load_model(str(file)).nfe == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signal_leaves_no_file(tmp_path: Path, number: signal.Signals):
+    """While the network is traced, by which time the temporary file and the claim are there."""
+    command = [sys.executable, "-m", "ibmd_cli", "export", "--output", tmp_path / "student.pt2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stderr.readline()
+        assert "step 1 of 3, tracing" in line
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(number)
+        process.stderr.read()
+    assert process.returncode != 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

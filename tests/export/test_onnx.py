@@ -1,8 +1,6 @@
 """Exported students compute what the student computes, whatever it takes, and run without PyTorch."""
 
-import copy
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -11,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hubserver import File, HubServer, Repo
 from PIL import Image
+from students import STUDENTS, make_student
 from typer.testing import CliRunner
 
 import ibmd_cli.export.onnx
@@ -25,74 +25,30 @@ from ibmd_cli.devices import single_threaded
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.export.exported import ExportedStudent
 from ibmd_cli.export.load import load_exported, open_exported
-from ibmd_cli.export.onnx import export_onnx, make_graph, save_graph
-from ibmd_cli.export.program import Unrolled, export_program, noise_shapes, torch_draw
+from ibmd_cli.export.onnx import make_graph, save_graph
+from ibmd_cli.export.program import Unrolled, export_program, torch_draw
 from ibmd_cli.method.distillation import Sources
-from ibmd_cli.method.noise import randn, stream
+from ibmd_cli.method.noise import stream
 from ibmd_cli.method.numpy_noise import Normals
 from ibmd_cli.models.folder import load_model, save_model
+from ibmd_cli.models.interface import describe, describe_tensors, noise_shapes
 from ibmd_cli.models.model import Student
-from ibmd_cli.networks.predictor import make_predictor
 
-I2SB = {"bridge": {"kind": "i2sb"}, "preconditioning": {"kind": "i2sb"}, "conditional": False}
-STUDENTS = {
-    "one step": {"timesteps": [1.0], "channels": 2, "grid": 4, "classes": 5, "fill": "zero"},
-    "three steps": {"timesteps": [1.0, 0.6, 0.2], "channels": 2, "classes": 5},
-    "posterior, known pixels": {**I2SB, "timesteps": [999, 400], "transition": "posterior", "fill": "noise"},
-    "no noise between the steps": {
-        **I2SB,
-        "bridge": {"kind": "i2sb", "noise_free": True},
-        "timesteps": [999, 500],
-        "channels": 3,
-    },
-}
 EVERY_KIND = pytest.mark.parametrize(
     "name", [name if name == "one step" else pytest.param(name, marks=pytest.mark.slow) for name in STUDENTS]
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    """PyTorch tells pytest's log thousands of things while it traces."""
-    logging.getLogger("torch").propagate = False
-    yield
-    logging.getLogger("torch").propagate = True
-
-
-def make_student(config: dict, bridge=None, preconditioning=None, conditional=True, **options) -> Student:
-    """A tiny student with random weights, of what `STUDENTS` says."""
-    config = copy.deepcopy(config)
-    channels, grid = options.get("channels", 0), options.get("grid", 1)
-    config |= {
-        "format": "ibmd-student",
-        "bridge": bridge or config["bridge"],
-        "preconditioning": preconditioning or config["preconditioning"],
-        "conditional": conditional,
-        "noise_channels": channels,
-        "classes": options.get("classes"),
-        "mask": {"fill": options["fill"]} if "fill" in options else None,
-        "teacher": {"reference": "tiny"},
-        "sampling": {
-            "timesteps": options["timesteps"],
-            "noise": {"channels": channels, "grid": grid},
-            "rollout": "chain",
-            "transition": options.get("transition", "marginal"),
-        },
-    }
-    config["network"]["in_channels"] = (6 if conditional else 3) + channels
-    config["network"]["num_classes"] = options.get("classes")
-    predictor = make_predictor(config).eval()
-    with torch.no_grad():
-        for name, p in predictor.named_parameters():
-            draw = randn(p.shape, stream(0, name))
-            p.copy_(1 + 0.1 * draw if p.ndim == 1 and name.endswith("weight") else 0.1 * draw)
-    return Student(predictor, config)
-
-
 def assert_same_translations(student: Student, exported: ExportedStudent, tolerance: float, rng: str) -> None:
     """Compare on batches and sizes that were not traced, with the streams of `ibmd sample`."""
     side, classes, fill = student.image_size, student.config["classes"], (student.config["mask"] or {}).get("fill")
-    for count, height, width in ((1, side, side), (3, side, side), (2, side + 2, side + 4)):
+    step = student.predictor.backbone.size_multiple
+    for shape in ((1, 3, side + 1, side), (1, 3, side, side - 1), (1, 1, side, side), (3, side, side), (1, 3, 0, side)):
+        with pytest.raises(IbmdError, match=f"x_T of shape .*: expected .B, 3, H, W., .* multiples of {step}"):
+            exported.translate(np.zeros(shape, np.float32), [torch_draw(7)])
+    nothing = exported.translate(np.zeros((0, 3, side, side), np.float32), [])
+    assert nothing.shape == (0, 3, side, side)
+    for count, height, width in ((1, side, side), (3, side, side), (2, side + step, side + 2 * step)):
         x_T = torch.nn.functional.interpolate(embedded_pairs().x_T[:count].float() / 127.5 - 1, (height, width))
         mask = label = None
         streams = [stream(7, f"{i}.png", 1) for i in range(count)]
@@ -110,6 +66,15 @@ def assert_same_translations(student: Student, exported: ExportedStudent, tolera
         assert got.dtype == np.float32
         assert np.abs(got - want).max() < tolerance
         assert np.abs(want).min() < 0.9, "not saturated, or nothing was compared"
+
+
+def blank_inputs(student: Student, count: int, height: int = 16, width: int = 16) -> dict[str, np.ndarray]:
+    """Zeros for everything that an exported student takes."""
+    shapes = {"x_T": (3, height, width), **noise_shapes(student, (3, height, width))}
+    if student.config["mask"]:
+        shapes["mask"] = (1, height, width)
+    inputs = {name: np.zeros((count, *shape), np.float32) for name, shape in shapes.items()}
+    return inputs | ({"label": np.zeros(count, np.int64)} if student.config["classes"] else {})
 
 
 def assert_damage_is_found(file: Path) -> None:
@@ -157,9 +122,16 @@ def test_random_numbers_have_the_shape_that_is_asked_for():
 @EVERY_KIND
 def test_onnx_of_every_kind(tmp_path: Path, tiny_config: dict, name: str):
     student = make_student(tiny_config, **STUDENTS[name])
-    graph = make_graph(student)
+    graph, multiple = make_graph(student), student.predictor.backbone.size_multiple
     for dtype, tolerance in (("fp32", 2e-4), ("fp16", 0.01), ("bf16", 0.1), ("int8", 0.15)):
         save_graph(graph, tmp_path / f"{dtype}.onnx", dtype)
+        # whoever has the file alone: no images, and sides that do not fit
+        session = onnxruntime.InferenceSession(tmp_path / f"{dtype}.onnx", providers=["CPUExecutionProvider"])
+        assert session.get_modelmeta().custom_metadata_map["size_multiple"] == str(multiple)
+        assert session.run(["x_0"], blank_inputs(student, 0))[0].shape == (0, 3, 16, 16)
+        for sides in ((16 + multiple // 2, 16), (16, 16 + multiple // 2)):
+            with pytest.raises(Exception, match=f"height_and_width_must_be_multiples_of_{multiple}"):
+                session.run(None, blank_inputs(student, 1, *sides))
         exported = load_exported(tmp_path / f"{dtype}.onnx")
         assert exported.config == student.config
         assert_same_translations(student, exported, tolerance, "torch's")
@@ -180,6 +152,9 @@ def test_onnx_of_every_kind(tmp_path: Path, tiny_config: dict, name: str):
     if "eps" in shapes:
         assert dims["eps"] == ["batch", 3 * (student.nfe - 1), "height", "width"]
     assert {o.domain for o in model.opset_import} == {""}
+    texts = describe_tensors(student)
+    assert {value.name: value.doc_string for value in (*model.graph.input, *model.graph.output)} == texts
+    assert model.doc_string == model.graph.doc_string == describe(student)
     assert str(Path(__file__).parents[2]).encode() not in (tmp_path / "fp32.onnx").read_bytes()
     assert_damage_is_found(tmp_path / "int8.onnx")
 
@@ -196,6 +171,13 @@ def test_program_of_every_kind(tmp_path: Path, tiny_config: dict, name: str):
         for p in student.predictor.parameters():
             p.copy_(p.half().float())  # what the file holds
     assert_same_translations(student, exported, 1e-5, "own")
+    texts = {"README.md": "", "size_multiple": ""}
+    program = torch.export.load(tmp_path / "student.pt2", extra_files=texts)
+    assert texts["README.md"] == describe(student)
+    assert texts["size_multiple"] == str(student.predictor.backbone.size_multiple)
+    with torch.no_grad():
+        nothing = {name: torch.from_numpy(v) for name, v in blank_inputs(student, 0).items()}
+        assert program.module()(**nothing).shape == (0, 3, 16, 16)
     assert str(Path(__file__).parents[2]).encode() not in (tmp_path / "student.pt2").read_bytes()
     assert_damage_is_found(tmp_path / "student.pt2")
 
@@ -223,7 +205,10 @@ def test_noise_inside(tmp_path: Path, tiny_config: dict):
     student = make_student(tiny_config, **STUDENTS["three steps"])
     inputs = {"x_T": np.zeros((64, 3, 16, 16), np.float32), "label": np.zeros(64, np.int64)}
     for file in (tmp_path / "student.onnx", tmp_path / "student.pt2"):
-        (export_onnx if file.suffix == ".onnx" else export_program)(student, file, noise_inside=True)
+        if file.suffix == ".onnx":
+            save_graph(make_graph(student, noise_inside=True), file)
+        else:
+            export_program(student, file, noise_inside=True)
         exported = open_exported(file)
         x_0, z, eps = exported.run(inputs)
         assert z.shape == (64, 6, 1, 1)

@@ -445,7 +445,7 @@ def test_size_multiple(patch_size, levels):
         assert model(x, torch.ones(1), x).shape == x.shape
     if m > 1:
         x = randn(1, 3, 4 * m + m // 2, 4 * m)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match=f"multiples of {m}"):
             model(x, torch.ones(1), x)
 
 

@@ -30,7 +30,6 @@ from ibmd_cli.models.model import Teacher
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.sampling import engine, pipeline, results
-from ibmd_cli.sampling.claims import Claims, _file
 from ibmd_cli.sampling.config import SampleConfig
 from ibmd_cli.sampling.plan import Job
 from ibmd_cli.sampling.translator import Translator
