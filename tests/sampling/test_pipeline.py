@@ -19,6 +19,7 @@ import torch
 from hostile import write_corpus
 from PIL import Image
 
+from ibmd_cli.claims import Claims, _file
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file
