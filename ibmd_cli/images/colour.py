@@ -64,7 +64,8 @@ class Space(NamedTuple):
     def to_srgb(self, samples: np.ndarray) -> np.ndarray:
         """Convert uint8 or uint16 samples, (H, W) or (H, W, 3), to sRGB, uint8 (H, W, 3)."""
         levels = np.linspace(0, 1, np.iinfo(samples.dtype).max + 1)
-        light = [curve(levels).astype(np.float32) for curve in self.curves]
+        with np.errstate(all="ignore"):  # curves of damaged profiles
+            light = [np.clip(np.nan_to_num(curve(levels)), -8, 8).astype(np.float32) for curve in self.curves]
         rgb, step = np.empty((*samples.shape[:2], 3), np.uint8), max(1, _ROWS // samples.shape[1])
         for top in range(0, len(samples), step):
             part = samples[top : top + step]
@@ -73,7 +74,7 @@ class Space(NamedTuple):
                 lit = np.repeat(lit[..., None], 3, 2) if part.ndim == 2 else lit
             else:
                 lit = np.stack([light[i][part if part.ndim == 2 else part[..., i]] for i in range(3)], -1)
-            lit = lit @ self.matrix.T.astype(np.float32)
+            lit = lit @ np.clip(self.matrix.T, -1e6, 1e6).astype(np.float32)
             rgb[top : top + step] = _encoding()[np.rint(np.clip(lit, 0, 1) * 65535).astype(np.uint16)]
         return rgb
 

@@ -218,7 +218,7 @@ def own_limits() -> Iterator[None]:
     Image.core.set_block_size(BLOCK)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.|ibmd_cli\.decoding")
+            warnings.filterwarnings("ignore", module=r"PIL\.|ibmd_cli\.images")
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit

@@ -12,12 +12,6 @@ from PIL import Image
 if TYPE_CHECKING:
     from torch import Tensor
 
-"""Endings of the names that count as images when a folder is searched."""
-"""Ends the name of a picture that `ibmd sample` wrote beside its input."""
-
-
-# --------------------------------------------------------------------------------------------- arrays, tensors
-
 
 def to_array(image: Image.Image) -> np.ndarray:
     """Return the pixels of an RGB image, uint8 (3, H, W); for one of mode 1, bool (1, H, W)."""
@@ -54,9 +48,6 @@ def to_uint8(x: "Tensor | Image.Image") -> "Tensor":
     if isinstance(x, Image.Image):
         return torch.from_numpy(to_array(x))
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-# ------------------------------------------------------------------------------------------------------ sizes
 
 
 @dataclass(frozen=True)

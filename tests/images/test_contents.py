@@ -52,6 +52,8 @@ OTHERS = {
     "icon": (file_of(quarters(), "ICO"), "a Windows icon", "convert it to PNG"),
     "numpy": (b"\x93NUMPY\1\0v\0", "not an image but a NumPy array", "Image.fromarray"),
     "text": (b"hello\n" * 2000, "not an image but a text file", EXPECTED),
+    "text that begins as BMP does": (b"BMI, age\n23, 40\n", "not an image but a text file", EXPECTED),
+    "text that begins as a program does": (b"MZ is a name\n", "not an image but a text file", EXPECTED),
     "text beyond ASCII": ("für über ".encode() * 999, "not an image but a text file", EXPECTED),
     "text in UTF-16": ("hello".encode("utf-16"), "not an image but a text file", EXPECTED),
     "json": (b'{"error": "not found"}', "not an image but a JSON file", EXPECTED),

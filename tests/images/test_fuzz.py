@@ -3,12 +3,15 @@
 import io
 import random
 import signal
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from imagefiles import curve_tag, write_icc, write_png, write_tiff
 from PIL import Image
 
 from ibmd_cli.errors import IbmdError
@@ -50,8 +53,33 @@ def seeds() -> list[bytes]:
         (base.convert("P"), "BMP", {}),
         (base, "GIF", {"save_all": True, "append_images": [base.rotate(90)]}),
         (base, "AVIF", {}),
+        (base, "PPM", {}),
+        (base.convert("CMYK"), "TIFF", {}),
+        (
+            base,
+            "WEBP",
+            {"lossless": True, "icc_profile": write_icc(curve_tag("para4", 2, 0.9, 0, 0.5, 0.2, 0.0676, 0))},
+        ),
+        (base.convert("L"), "PNG", {"icc_profile": write_icc(curve_tag("curv", 0, 0.2, 1), ())}),
     ]
-    contents = []
+    deep = np.asarray(base).astype("u2") * 257
+    linear = write_icc(curve_tag("para0", 1))
+    gamma, chromaticities = (
+        struct.pack(">I", 100000),
+        struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000),
+    )
+    contents = [
+        write_png(deep, 16, 2, (b"iCCP", b"x\0\0" + zlib.compress(linear)), (b"tRNS", bytes(6))),
+        write_png(deep[..., 0], 16, 0, (b"cICP", bytes([12, 8, 0, 1]))),
+        write_png(deep[..., :2], 16, 4, (b"gAMA", gamma), (b"cHRM", chromaticities)),
+        write_tiff(deep, 16, 2, ">", tags={34675: ("B", tuple(linear))}),
+        write_tiff(deep[..., 0] >> 4, 12, 1),
+        write_tiff(deep[..., 0].astype("u4"), 32, 1),
+        write_tiff(deep[..., 0].astype("f4") / 65535, 32, 0, ">", 3, deflate=True),
+        write_tiff(
+            (deep[..., 0] >> 8).astype("u1"), 8, 3, tags={320: ("H", tuple(range(0, 65536, 86))[:762] + (0,) * 6)}
+        ),
+    ]
     for image, form, options in made:
         buffer = io.BytesIO()
         image.save(buffer, form, **options)
