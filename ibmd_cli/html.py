@@ -61,8 +61,10 @@ def data_uri(content: bytes, kind: str = "image/png") -> str:
 
 
 def typeset(text: str) -> str:
-    """Set the numbers of a text: true minus signs, and a space within intervals."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "−", re.sub(r"\[([^][,]+),([^][,]+)\]", r"[\1, \2]", text))
+    """Set the numbers of a text: true minus signs; intervals and ranges stay on one line."""
+    text = re.sub(r"\[([^][,]+),([^][,]+)\]", "[\\1,\N{NO-BREAK SPACE}\\2]", text)
+    text = re.sub(r"(?<=\d)–(?=\d)", "–\N{WORD JOINER}", text)
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
 
 
 def short(value: float) -> str:

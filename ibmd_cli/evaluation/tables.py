@@ -185,7 +185,9 @@ def cautions(results: Data) -> Iterator[str]:
     for metric in results["metrics"].values():
         if metric["not_comparable"]:
             reasons.setdefault(metric["not_comparable"], []).append(metric["label"])
-    yield from (f"* not comparable with published figures: {', '.join(of)}: {why}" for why, of in reasons.items())
+    if reasons:
+        told = "; ".join(f"{', '.join(of)} ({why})" for why, of in reasons.items())
+        yield f"* not comparable with published figures: {told}"
     yield from (f"not measured: {name}: {reason}" for name, reason in results["left_out"].items())
 
 

@@ -94,7 +94,9 @@ def test_no_text_of_the_results_is_taken_for_html(tmp_path: Path):
 
 
 def typeset(text: str) -> str:
-    return text.replace("-", "−").replace(",", ", ")
+    """As on the page: true minus signs, and no place to break a line within an interval or a range."""
+    text = text.replace("-", "−").replace(",", ",\N{NO-BREAK SPACE}")
+    return re.sub(r"(?<=\d)–", "–\N{WORD JOINER}", text)
 
 
 def test_tables_hold_the_results(page: Page, results: dict):
@@ -111,11 +113,11 @@ def test_tables_hold_the_results(page: Page, results: dict):
         for cell, gap in zip([*first, *second], gaps, strict=True):
             assert cell.startswith(typeset(tables.value(gap[name], metric, "+")))
             assert cell.endswith(tables.verdict(gap[name], metric))
-    assert lines["KID ×1000 ↓"][0][-1] == "0.0 [−20.0, 20.0] halves"
-    assert lines["PSNR dB ↑*"][0][-1] == "8.00 [7.00, 9.00] unrelated"
-    assert lines["KID ×1000 ↓"][0][1] == "0.0 [−10.0, 10.0]"
+    assert lines["KID ×1000 ↓"][0][-1] == typeset("0.0 [-20.0,20.0] halves")
+    assert lines["PSNR dB ↑*"][0][-1] == typeset("8.00 [7.00,9.00] unrelated")
+    assert lines["KID ×1000 ↓"][0][1] == typeset("0.0 [-10.0,10.0]")
     for name, cost in tables.costs(results).items():
-        assert lines[name] == [[*(f"{cell.text} {cell.small}".strip() for cell in cost), ""]]
+        assert lines[name] == [[*(typeset(f"{cell.text} {cell.small}".strip()) for cell in cost), ""]]
 
 
 def test_words_and_origins(page: Page, results: dict):
@@ -126,7 +128,7 @@ def test_words_and_origins(page: Page, results: dict):
     assert "1, 10, 100 NFE" not in page.text  # the fixture's weights differ
     assert "student builtin:student and runs/" in page.text
     assert "not measured: is: needs 5,000 images, there are 1,234" in page.text
-    assert "* not comparable with published figures: energy score, PSNR: no published figure uses it" in page.text
+    assert "* not comparable with published figures: energy score, PSNR (no published figure uses it)" in page.text
 
 
 def test_pictures_are_the_files(page: Page, results: dict, folder: Path):
@@ -340,6 +342,31 @@ def test_on_a_phone_nothing_sticks_out(folder: Path, tmp_path: Path, width: int)
         assert which(driver, "td img", NOT_LOADED) == []
         assert which(driver, "img, select, button, svg", f"box.left < 0 || box.right > {width}") == []
         assert driver.get_log("browser") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "models"), [(400, 3), (400, 5), (320, 5), (1400, 5)])
+def test_the_comparison_is_seen_whole_or_scrolls_visibly(tmp_path: Path, width: int, models: int):
+    """Up to three models fit a phone; of more, the names of the rows stay in sight, and it is said that they scroll."""
+    results = evaluated.results()
+    if models == 3:
+        results["rows"] = [results["rows"][i] for i in (0, 2, 3)]
+        results["differences"] = [g | {"against": g["against"] - 1} for g in results["differences"][:2]]
+    report(tmp_path, results)
+    with browse(tmp_path, width, 740, phone=width < 500) as driver:
+        driver.get((tmp_path / "report.html").as_uri())
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        wide = which(driver, ".scroll", "e.scrollWidth > e.clientWidth + 1")
+        assert bool(wide) == (width < 500 and models > 3)
+        if wide:
+            assert which(driver, ".hint", "!e.checkVisibility()") == []
+            driver.execute_script("document.querySelectorAll('.scroll').forEach(e => e.scrollLeft = 10000)")
+        assert which(driver, ".figures tbody th", "box.left < 0 || box.left > 20 && innerWidth < 500") == []
+        # no figure is broken into lines
+        line = "parseFloat(getComputedStyle(e).lineHeight)"
+        assert which(driver, ".facts b", f"box.height > 1.5 * {line}") == []
+        cells = "(r => { r.selectNodeContents(e.firstChild); return r.getClientRects().length })(new Range())"
+        assert which(driver, ".figures td", f"e.firstChild && {cells} > 1") == []
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_what_else_a_terminal_shows(results: dict):
     text = " ".join(shown(results, 1000).split())
     assert "KID of real images, halves of 617: 0.0 [-20.0,20.0]" in text
     assert "PSNR of unrelated real images: 8.00 [7.00,9.00]" in text
-    assert "* not comparable with published figures: energy score, PSNR: no published figure uses it" in text
+    assert "* not comparable with published figures: energy score, PSNR (no published figure uses it)" in text
     assert "not measured: is: needs 5,000 images, there are 1,234" in text
     assert "student A: builtin:student student B: runs/" in text
     assert "over 3 seeds" not in text
