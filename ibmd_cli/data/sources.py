@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet, Embedded, open_data_set, open_files, parse_hf_data
 from ibmd_cli.data.degradations import check_name, degrade, draw_masks, fill_hole
-from ibmd_cli.data.download import data_folder, data_sets
+from ibmd_cli.data.download import data_folder, data_sets, to_fetch
 from ibmd_cli.data.forms import Form
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.images.find import named_path
@@ -400,8 +400,9 @@ def open_data(
     targets: bool = False,
 ) -> list[DataSet]:
     """Find the images of each reference, without reading them; arguments and errors are those of `SourceImages`."""
-    scale = 1 if degradation else teacher["image"].get("source_scale", 1)
-    form = Form(int(teacher["image"]["size"]), layout, degradation, scale, fit)
+    image = teacher.get("image") or {"size": teacher["image_size"]}  # of a published one that is not here
+    scale = 1 if degradation else image.get("source_scale", 1)
+    form = Form(int(image["size"]), layout, degradation, scale, fit)
     return [_open(reference, form, teacher.get("classes"), labels, targets) for reference in references]
 
 
@@ -411,6 +412,28 @@ def _open(reference: str, form: Form, classes: int | None, labels: str, targets:
     name = reference.removeprefix("dataset:")
     own = replace(form, layout=data_sets()[name]["layout"])
     return open_files(reference, data_folder(name), own, classes, labels, targets)
+
+
+def usual_fit(layout: str, degradation: str) -> str:
+    """Return what becomes of images that are not square where `--fit` does not say it.
+
+    They are padded, as by `ibmd sample`; photos that are degraded, and normal maps, become what the published teachers
+    were trained with.
+    """
+    return "published" if degradation not in ("", "none", "edges") or layout == "normals" else "pad"
+
+
+def look_up_data(
+    references: Sequence[str], teacher: Mapping[str, Any], degradation: str, layout: str, labels: str
+) -> list[str]:
+    """Say of each reference what would be taken of it, for `--dry-run`; nothing is fetched."""
+    lines = []
+    for reference in references:
+        if reference.startswith("hf://") or to_fetch([reference]):
+            lines.append(f"{reference}: counted when it has been fetched")
+        else:
+            lines += describe(open_data([reference], teacher, degradation, layout, labels), degradation)
+    return lines
 
 
 def describe(parts: Sequence[DataSet], degradation: str = "", targets: bool = False) -> list[str]:

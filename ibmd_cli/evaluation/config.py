@@ -40,9 +40,9 @@ class EvalConfig(Record):
     labels: str = _data("", "CSV file of PATH,CLASS", metavar="FILE")
     fit: str = _data(
         "none",
-        "Pairs of another size: none refuses them, crop scales and crops them at the centre",
+        "Pairs of another size: refused (none), or brought to the size as ibmd sample and distill do",
         metavar="HOW",
-        choices=("none", "crop"),
+        choices=("none", "pad", "stretch", "crop"),
     )
     protocol: str | None = _metrics(
         None, "Measure as published: ddbm-e2h, ddbm-diode, dbim-inpaint, i2sb-sr or i2sb-restore"

@@ -50,6 +50,12 @@ class DistillConfig(Record):
     layout: str = _data(
         "", "Files are pairs with the source left (ab) or right (ba), or normals", choices=("", "ab", "ba", "normals")
     )
+    fit: str = _data(
+        "",
+        "What becomes of images that are not square: padded, stretched or cropped",
+        choices=("", "pad", "stretch", "crop"),
+        shown="pad, as ibmd sample does; crop for photos that are degraded",
+    )
     labels: str = _data("", "CSV file of PATH,CLASS for teachers with classes", metavar="FILE", shown="folders' names")
     masks: str = _data("", "File of free-form masks (.npz)", metavar="FILE")
     workers: int = _data(

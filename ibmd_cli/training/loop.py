@@ -22,10 +22,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from ibmd_cli import __version__
-from ibmd_cli.data.sources import SourceImages, count_workers
+from ibmd_cli.data.sources import SourceImages, count_workers, usual_fit
 from ibmd_cli.devices import forget_peak, free_memory, peak_memory, tune
 from ibmd_cli.errors import UsageError
-from ibmd_cli.files import atomic_file
+from ibmd_cli.files import atomic_file, read_json
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.images.grids import labelled_grid
 from ibmd_cli.method.distillation import Setup, Sources, bridge_iterations, bridge_loss, ibmd, rollout, student_step
@@ -99,7 +99,7 @@ def distill(
     workers = count_workers(config.workers, this_process().local_count)
     sources = SourceImages(
         config.data, teacher.config, reporter, degradation, config.masks,
-        layout=config.layout, labels=config.labels, workers=workers,
+        layout=config.layout, labels=config.labels, workers=workers, fit=_fit(config, out),
     )  # fmt: skip
     for line in sources.describe():
         reporter.note(line)
@@ -110,6 +110,14 @@ def distill(
         accelerator.wait_for_everyone()
         _train(config, out, resume, teacher, student, sources, accelerator, reporter)
     return out / "student"
+
+
+def _fit(config: DistillConfig, out: Path) -> str:
+    """Return what becomes of images that are not square; runs from before that was a setting keep what they had."""
+    file = out / "config.json"
+    if not config.fit and file.is_file() and "fit" not in read_json(file).get("settings", {}):
+        return "published"
+    return config.fit or usual_fit(config.layout, config.degrade)
 
 
 def _accelerator(config: DistillConfig, out: Path, device: torch.device) -> Accelerator:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ibmd_cli.data.download import to_fetch
-from ibmd_cli.data.sources import check_sources
+from ibmd_cli.data.sources import check_sources, look_up_data, usual_fit
 from ibmd_cli.models.model import student_times
 from ibmd_cli.models.teachers import TeacherRef, look_up_teacher
 from ibmd_cli.networks.predictor import make_predictor
@@ -26,9 +26,10 @@ def plan(config: DistillConfig, out: Path, processes: int = 1) -> dict[str, Any]
     teacher, files = look_up_teacher(
         TeacherRef(config.teacher, config.preset, config.head_channels, config.attention_order)
     )
+    degradation, data = "" if config.degrade == "none" else config.degrade, list[str]()
     if config.data:
-        degradation = "" if config.degrade == "none" else config.degrade
         check_sources(config.data, teacher, degradation, Reporter(quiet=True), config.layout, config.labels)
+        data = look_up_data(config.data, teacher, degradation, config.layout, config.labels)
         files = [*files, *to_fetch(config.data)]
     channels = config.noise_channels if config.noise else 0
     student = {**teacher, "noise_channels": channels}
@@ -53,6 +54,8 @@ def plan(config: DistillConfig, out: Path, processes: int = 1) -> dict[str, Any]
     micro_batch = 1 if config.micro_batch == AUTO else int(config.micro_batch) or share
     return {
         "run folder": str(out),
+        "data": data,
+        "images that are not square": config.fit or usual_fit(config.layout, degradation),
         "parameters of the teacher": n,
         "parameters of the bridge model": n,
         "parameters of the student": n_student,

@@ -1,8 +1,10 @@
 """A folder means the same in every command: pairs, pictures side by side, plain folders, folders of classes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distilling import SMALL, distill, same
@@ -16,9 +18,11 @@ from ibmd_cli.data.forms import Form
 from ibmd_cli.data.pairs import Pairs, open_pairs
 from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
-from ibmd_cli.images.fit import fit, to_uint8
+from ibmd_cli.images.fit import fit, to_image, to_uint8
 from ibmd_cli.method.noise import stream
 from ibmd_cli.reporting import Reporter
+from ibmd_cli.training.config import DistillConfig
+from ibmd_cli.training.loop import _fit
 
 QUIET = Reporter(quiet=True)
 COUNT = 6
@@ -230,3 +234,43 @@ def test_pictures_are_fitted_as_asked_in_training_and_evaluation(mode: str, layo
     batch = held_out.read([0])
     assert torch.equal(to_uint8(batch.sources.x_T[0]), expected[0])
     assert torch.equal(batch.truth[0], expected[1])
+
+
+def test_previews_see_what_sample_sees_of_a_scan_that_is_not_square(tiny_teacher: Path, tmp_path: Path):
+    """Sources of a run, the first row of its preview, are padded as `ibmd sample` pads; `--fit crop` crops them."""
+    scan = picture(embedded_pairs().x_0[0]).resize((40, 60))
+    save(scan, tmp_path / "scans" / "a.png")
+    for mode, options in (("pad", []), ("crop", ["--fit", "crop"])):
+        common = ["--teacher", tiny_teacher, "--data", tmp_path / "scans", *SMALL, *options, "--out", tmp_path / mode]
+        assert distill(*common).exit_code == 0
+        sheet = np.asarray(Image.open(tmp_path / mode / "previews" / "step-000000.png").convert("RGB"))
+        times = 96 // 16  # small pictures are enlarged by repetition on a sheet
+        seen = np.asarray(to_image(fit(scan, 16, mode)[0])).repeat(times, 0).repeat(times, 1)
+        windows = np.lib.stride_tricks.sliding_window_view(sheet, (96, 96, 3))[:, :, 0]
+        assert (windows == seen).all((2, 3, 4)).any(), mode
+
+
+def test_runs_from_before_fit_was_a_setting_keep_what_they_had(tiny_teacher: Path, tmp_path: Path):
+    save(picture(embedded_pairs().x_0[0]).resize((40, 60)), tmp_path / "scans" / "a.png")
+    common = ["--teacher", tiny_teacher, "--data", tmp_path / "scans", *SMALL, "--out", tmp_path / "run"]
+    assert _fit(DistillConfig(), tmp_path / "run") == "pad"
+    assert distill(*common).exit_code == 0
+    assert _fit(DistillConfig(), tmp_path / "run") == "pad"
+    settings = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    del settings["settings"]["fit"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert _fit(DistillConfig(), tmp_path / "run") == "published"
+    assert distill(*common).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], "pad"), (["--fit", "stretch"], "stretch"), (["--degrade", "jpeg-10"], "published")],
+)
+def test_the_plan_says_what_is_taken(options: list[str], expected: str, tiny_teacher: Path, tmp_path: Path):
+    folder = write(tmp_path / "data", "pairs", damaged=True)
+    common = ["--teacher", tiny_teacher, "--data", folder, *options, "--out", tmp_path / "run"]
+    plan = json.loads(distill(*common, "--dry-run", "--json").stdout)["plan"]
+    assert plan["images that are not square"] == expected
+    taken = "6 targets, made into sources by jpeg-10; 6 sources" if "--degrade" in options else "6 sources; 6 targets"
+    assert plan["data"] == [f"{folder}: {taken} are not used by this objective"]
