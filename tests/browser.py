@@ -45,7 +45,7 @@ def browse(folder: Path, width: int = 1200, height: int = 800, phone: bool = Fal
         driver.quit()
 
 
-def until(driver: object, condition: str, seconds: float = 60) -> object:
+def until(driver: object, condition: str, seconds: float = 600) -> object:
     """Wait until a JavaScript expression is true; return its value."""
     end = time.monotonic() + seconds
     while not (value := driver.execute_script(f"return {condition}")):

@@ -167,7 +167,7 @@ def run(hub: HubServer, tmp_path: Path) -> Run:
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1,localhost", **environ,
         }  # fmt: skip
         command = [sys.executable, "-c", PRELUDE + code]
-        done = subprocess.run(command, capture_output=True, text=True, env={**kept, **environ}, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env={**kept, **environ}, timeout=600)
         assert "Traceback" not in done.stderr, done.stderr
         assert done.returncode == 0, done.stderr
         return done

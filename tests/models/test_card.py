@@ -214,7 +214,7 @@ def test_a_student_goes_to_the_hub_and_back(drawings: Path, tmp_path: Path):
         }  # fmt: skip
 
         def run(*command: str) -> str:
-            done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path, timeout=120)
+            done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path, timeout=600)
             assert done.returncode == 0, done.stderr
             return done.stdout
 

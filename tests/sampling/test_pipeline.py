@@ -242,7 +242,7 @@ def test_batches_at_once_change_no_bit(drawings):
     model = load_student("builtin:outline2emoji")
     translator = Translator(engine.TorchEngine(model))
     pieces = [translator.prepare(read_picture(file), Job(file.name)) for file in sorted(drawings.iterdir())] * 6
-    both, calls = threading.Barrier(2, timeout=60), []
+    both, calls = threading.Barrier(2, timeout=600), []
 
     def meet(*_) -> None:
         calls.append(_)
@@ -1014,13 +1014,13 @@ def test_launcher(sample, drawings, tmp_path):
         shutil.copy(drawings / "drawing-0.png", drawings / f"more-{i}.png")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ibmd_cli", "sample"]
     command += ["-i", str(drawings), "-o", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert done.stderr.count("48 done, 0 skipped, 1 failed") == 1
     assert len(done.stdout.splitlines()) == len(list((tmp_path / "out").iterdir())) == 48
     for file in sorted((tmp_path / "out").iterdir())[::2]:  # what is left is in the share of the second process
         file.unlink()
-    again = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    again = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
     absent = subprocess.run(
         [sys.executable, *command, "--on-exists", "skip", "--student", "absent"], capture_output=True
     )

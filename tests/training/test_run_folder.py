@@ -315,7 +315,7 @@ def train(arguments: list[object], out: Path, operation: int) -> None:
 
 @pytest.mark.slow
 def test_25_kills(arguments: list[object], tmp_path: Path):
-    """SIGKILL, by turns at a random time and in a random file operation, of a run that is always writing."""
+    """SIGKILL, by turns after a random update and in a random file operation, of a run that is always writing."""
     arguments = [*arguments, "--bridge-steps", 1, "--steps", 80]
     context = multiprocessing.get_context("forkserver")  # imports PyTorch once
     context.set_forkserver_preload(["ibmd_cli.training.loop", "torch._dynamo", "typer.testing", "pytest"])
@@ -326,9 +326,10 @@ def test_25_kills(arguments: list[object], tmp_path: Path):
         before = len(read_log(out))
         process = context.Process(target=train, args=(busy, out, rng.randint(1, 150) if in_operation else 0))
         process.start()
-        while not in_operation and len(read_log(out)) <= before and process.is_alive():
+        after = before + rng.randint(1, 3)  # updates, not seconds: a quick machine must not end the run by that
+        while not in_operation and len(read_log(out)) < after and process.is_alive():
             time.sleep(0.01)
-        process.join(None if in_operation else rng.uniform(0, 0.25))
+        process.join(None if in_operation else rng.uniform(0, 0.02))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"process {i} ended by itself"
@@ -355,7 +356,7 @@ def test_processes_pass_on_signals_and_exit_codes(arguments: list[object], tmp_p
         assert run.poll() is None
         time.sleep(0.2)
     run.terminate()
-    assert run.wait(60) == 130
+    assert run.wait(600) == 130
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     assert newest.name == f"step-{len(lines):06d}"  # both stopped after the step, with a checkpoint
