@@ -19,7 +19,8 @@ from ibmd_cli.reporting import counted
 IMAGES = ("png", "apng", "jpg", "jpeg", "jpe", "jfif", "mpo", "webp", "tif", "tiff", "bmp", "gif", "avif")
 SUFFIXES = frozenset(f".{ending}" for ending in (*IMAGES, "pbm", "pgm", "ppm", "pnm", "pfm"))
 WRITTEN = re.compile(r"\.ibmd(\.\d+)?\.(png|jpe?g|webp|tiff?|bmp|avif)$")
-FOLDERS, LINKS = "folders", "links to folders"
+NO_ENDING, FOLDER, LINK = "without an ending", "folder", "linked folder"
+MENDS = {FOLDER: ": --recursive searches them", LINK: ": give them by themselves"}
 
 
 def find_images(
@@ -58,7 +59,7 @@ def find_images(
             deeper = [f for f in deeper if os.path.realpath(Path(here, f)) != os.path.realpath(without)]
         linked = [f for f in deeper if os.path.islink(os.path.join(here, f))]
         folders[:] = [f for f in deeper if f not in linked] if recursive else []
-        passed.update({LINKS: len(linked)} if recursive else {FOLDERS: len(deeper)})
+        passed.update({LINK: len(linked)} if recursive else {FOLDER: len(deeper)})
         for name in sorted(f for f in files if not f.startswith(".")):
             if (kind := _passed(file := Path(here, name), on_error)) is None:
                 found.append(file)
@@ -69,17 +70,15 @@ def find_images(
 
 def passed_over(passed: Counter[str]) -> str:
     """Say what `find_images` passed over: "passed over 2 files (.heic): expected PNG …"; "" if there was nothing."""
-    kinds = {kind: count for kind, count in passed.most_common() if count and kind not in (FOLDERS, LINKS)}
+    files = [(kind, count) for kind, count in passed.most_common() if kind.startswith(".") or kind == NO_ENDING]
     texts = []
-    if kinds:
-        most = [kind if len(kinds) == 1 else f"{count:,} {kind}" for kind, count in list(kinds.items())[:6]]
-        more = f", {counted(sum(list(kinds.values())[6:]), 'other')}" if len(kinds) > 6 else ""
-        texts.append(f"passed over {counted(sum(kinds.values()), 'file')} ({', '.join(most)}{more}): {EXPECTED}")
-    if passed[FOLDERS]:
-        texts.append(f"passed over {counted(passed[FOLDERS], 'folder')}: --recursive searches them")
-    if passed[LINKS]:
-        texts.append(f"passed over {counted(passed[LINKS], 'link')} to folders: give the folders themselves")
-    return "; ".join(texts)
+    if files:
+        most = [kind if len(files) == 1 else f"{count:,} {kind}" for kind, count in files[:6]]
+        more = [counted(sum(count for _, count in files[6:]), "other")] if len(files) > 6 else []
+        total = counted(sum(count for _, count in files), "file")
+        texts.append(f"passed over {total} ({', '.join(most + more)}): {EXPECTED}")
+    others = [(kind, count) for kind, count in passed.items() if count and (kind, count) not in files]
+    return "; ".join([*texts, *(f"passed over {counted(count, kind)}{MENDS.get(kind, '')}" for kind, count in others)])
 
 
 def named_path(text: str) -> str:
@@ -154,13 +153,13 @@ def _matches(folder: Path, parts: Sequence[str], on_error: Callable[[OSError], N
 def _passed(file: Path, on_error: Callable[[OSError], None]) -> str | None:
     """Name the kind of a file that is not read as an image: "" if that was told; None if it is read."""
     if WRITTEN.search(file.name):
-        return "results of ibmd sample"
+        return "earlier result"
     if file.suffix.lower() not in SUFFIXES:
-        return file.suffix.lower() if file.suffix.isprintable() and file.suffix else "without an ending"
+        return file.suffix.lower() if file.suffix.isprintable() and file.suffix else NO_ENDING
     try:
-        return None if stat.S_ISREG(file.stat().st_mode) else "pipes or devices"
+        return None if stat.S_ISREG(file.stat().st_mode) else "special file"
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):
-            return "broken links"
+            return "broken link"
         on_error(error)
         return ""
