@@ -82,6 +82,17 @@ def unwritable_folder(folder: Path, name: str = "") -> str:
     return ""
 
 
+def folds_case(folder: Path) -> bool:
+    """Tell whether names that differ in upper and lower case alone are one file in a folder, or in the one above it."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".ibmd-case-") as file:
+            return os.path.exists(Path(file.name).with_name(Path(file.name).name.upper()))
+    except OSError:  # what cannot be written is told elsewhere
+        return False
+
+
 @contextmanager
 def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """Give the path of a temporary file, which becomes `path` if the block ends well.

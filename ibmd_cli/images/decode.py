@@ -28,13 +28,14 @@ from ibmd_cli.errors import IbmdError
 from ibmd_cli.files import why
 from ibmd_cli.images.colour import NotRead, Profile, Space, from_codes, from_gamma, from_profile, to_srgb
 from ibmd_cli.images.contents import refusal
+from ibmd_cli.images.metadata import Metadata, read_metadata
 from ibmd_cli.images.samples import Header, deep_samples, read_header, single_channel
 
 MAX_PIXELS = 100_000_000
 AT_ONCE = 32_000_000  # pixels that threads decode, or encode, at the same time: about ten bytes for each
 BLOCK = 1 << 30  # bytes
 READABLE = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "PPM")
-ORIENTATION, ARTIST, COPYRIGHT = 0x0112, 0x013B, 0x8298  # EXIF tags
+ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,7 +55,7 @@ class Picture(NamedTuple):
         alpha: mode L, 255 = opaque; None if it has none or it was not to be kept.
         several: whether there are more frames or pages, which are not read.
         dpi: pixels per inch in width and height, or None.
-        credits: EXIF tag → text: artist and copyright, as far as they are named.
+        metadata: what else the file says, as far as it is true of another picture, too.
         notes: what is to be said of how it was read.
     """
 
@@ -62,7 +63,7 @@ class Picture(NamedTuple):
     alpha: Image.Image | None = None
     several: bool = False
     dpi: tuple[float, float] | None = None
-    credits: dict[int, str] = {}
+    metadata: Metadata = Metadata()
     notes: tuple[str, ...] = ()
 
 
@@ -164,7 +165,7 @@ def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
         wide = header.depth == 16 and len(header.key) == 3
         deep = deep_samples(image) if space is not None or wide else None
         image.load()
-        exif = _exif(image)
+        orientation = _orientation(image)
         try:
             rgb, transparency = _colours(image, header, space, deep)
         except ValueError as error:
@@ -175,12 +176,13 @@ def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
         if transparency is not None and alpha != "drop":
             rgb.paste("white", mask=ImageChops.invert(transparency))
         kept = transparency if alpha == "keep" else None
-        if (turn := _TURNS.get(exif.get(ORIENTATION, 1))) is not None:
+        if (turn := _TURNS.get(orientation)) is not None:
             rgb, kept = rgb.transpose(turn), kept and kept.transpose(turn)
-        credits = {tag: exif[tag] for tag in (ARTIST, COPYRIGHT) if tag in exif}
+        own = image.info.get("icc_profile", b"") if space is None and not notes else b""
+        metadata = read_metadata(image, own)
         if several := _several(image):
             notes.append("several frames or pages: of such files the first one counts")
-        return Picture(rgb, kept, several, _dpi(image.info.get("dpi")), credits, tuple(notes))
+        return Picture(rgb, kept, several, _dpi(image.info.get("dpi")), metadata, tuple(notes))
 
 
 @contextmanager
@@ -271,24 +273,11 @@ def _colours(
     return to_srgb(colours if deep is None else deep, space, copy=False), transparency
 
 
-def _exif(image: Image.Image) -> dict[int, Any]:
-    """Return the orientation, and the credits as text on one line."""
+def _orientation(image: Image.Image) -> int:
     try:
-        exif = image.getexif()
-        texts = {tag: _utf8(exif[tag]) for tag in (ARTIST, COPYRIGHT) if isinstance(exif.get(tag), str)}
-        orientation = int(exif.get(ORIENTATION, 1))
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a damaged EXIF block
-        return {}
-    lines = {tag: "".join(c for c in text if c.isprintable())[:1000] for tag, text in texts.items()}
-    return {ORIENTATION: orientation} | {tag: line for tag, line in lines.items() if line}
-
-
-def _utf8(text: str) -> str:
-    """Read text as UTF-8, as most programs write it, where Pillow took its bytes for Latin-1."""
-    try:
-        return text.encode("latin-1").decode("utf-8")
-    except UnicodeError:
-        return text
+        return 1
 
 
 def _dpi(value: Any) -> tuple[float, float] | None:

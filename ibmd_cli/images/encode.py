@@ -1,14 +1,16 @@
 """Pictures become files: formats by the ending of the name, and what is written beside the pixels."""
 
 import io
-from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ibmd_cli.errors import IbmdError
+from ibmd_cli.images.metadata import Metadata, to_exif
 
-SOFTWARE = 0x0131  # EXIF tag
+SOFTWARE, XMP = 0x0131, 0x02BC  # EXIF tags
+JPEG_SEGMENT = 65_000  # bytes, the most of XMP that a JPEG holds in one piece
 WRITABLE: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
@@ -31,7 +33,8 @@ def encode(
     suffix: str = ".png",
     quality: int | None = None,
     dpi: tuple[float, float] | None = None,
-    tags: Mapping[int, str] | None = None,
+    metadata: Metadata | None = None,
+    software: str = "",
 ) -> bytes:
     """Return the bytes of an image file.
 
@@ -40,7 +43,8 @@ def encode(
         suffix: ending of its name, a key of `WRITABLE`.
         quality: 1 … 100, for `LOSSY` formats; None: 95 for JPEG, lossless WebP, 90 for AVIF.
         dpi: pixels per inch, where the format knows them (PNG, JPEG, TIFF, BMP).
-        tags: EXIF tag → text, written as UTF-8, where the format knows them (all but BMP).
+        metadata: what else it is to say, where the format knows it (all but BMP).
+        software: what made it and how, as EXIF tag and, in PNG, as text.
 
     Raises:
         IbmdError: the format cannot hold the image; WebP ends at 16,383 pixels a side.
@@ -50,13 +54,35 @@ def encode(
         options = {key: value for key, value in options.items() if key != "lossless"} | {"quality": quality}
     if dpi is not None:
         options = options | {"dpi": dpi}
-    if tags:
-        exif = Image.Exif()
-        exif.update({tag: text.encode("utf-8", "backslashreplace") for tag, text in tags.items()})
-        options = options | {"exif": exif}
+    if form != "BMP" and (software or metadata):
+        options = options | _beside(form, metadata or Metadata(), software)
     buffer = io.BytesIO()
     try:
         image.save(buffer, form, **options)
     except (OSError, ValueError) as error:
         raise IbmdError(f"{image.width}×{image.height} pixels do not fit in {form} ({error}): use .png") from error
     return buffer.getvalue()
+
+
+def _beside(form: str, metadata: Metadata, software: str) -> dict[str, Any]:
+    """Return Pillow's options for metadata."""
+    base = metadata.base | ({SOFTWARE: software.encode("utf-8", "backslashreplace")} if software else {})
+    exif = to_exif(base, metadata.camera)
+    options: dict[str, Any] = {"exif": exif}
+    if metadata.profile:
+        options["icc_profile"] = metadata.profile
+    if form == "PNG":
+        text = PngInfo()
+        if software:
+            text.add_itxt("Software", software)
+        if metadata.xmp:
+            text.add_itxt("XML:com.adobe.xmp", metadata.xmp.decode())
+        options["pnginfo"] = text
+    elif form == "TIFF":
+        if metadata.xmp:
+            exif[XMP] = metadata.xmp
+        if metadata.camera:  # which Pillow cannot write beside compressed pixels
+            options["compression"] = None
+    elif metadata.xmp and (form != "JPEG" or len(metadata.xmp) < JPEG_SEGMENT):
+        options["xmp"] = metadata.xmp
+    return options

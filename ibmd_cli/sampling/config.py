@@ -8,8 +8,10 @@ from pathlib import PurePath
 from typing import TextIO
 
 from ibmd_cli.errors import UsageError
+from ibmd_cli.files import is_stream
 from ibmd_cli.settings import Record, setting
 
+STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 STUDENT = "builtin:outline2emoji"
 _input, _output, _model, _size, _run = (
     partial(setting, panel=panel) for panel in ("Inputs", "Outputs", "Model", "Size and transparency", "Run")
@@ -52,6 +54,20 @@ class SampleConfig(Record):
         metavar="DO",
         choices=("error", "skip", "overwrite"),
         also=("overwrite", "skip", "force", "exist-ok"),
+    )
+    keep_suffix: bool = _output(
+        False,
+        "Keep another ending of an input in its output's name: photo.avif.png",
+        flags=("--keep-suffix",),
+        also=("keep-extension", "keep-ext"),
+    )
+    metadata: str = _output(
+        "keep",
+        "Metadata of the input: keep camera, time, copyright, XMP and profile (never place, thumbnail, orientation), "
+        "or drop",
+        metavar="DO",
+        choices=("keep", "drop"),
+        also=("exif", "strip", "keep-metadata", "no-metadata"),
     )
     variants: int = _output(
         1, "Pictures of each input: NAME.ibmd.1.png, ...", at_least=1, also=("n", "num-samples", "samples", "count")
@@ -149,10 +165,14 @@ class SampleConfig(Record):
         known = ", ".join(suffix[1:] for suffix in WRITABLE)
         if self.format is not None and f".{self.format}" not in WRITABLE:
             raise UsageError(f"--format {self.format}: expected one of {known}")
-        if self.output not in (None, "-") and not is_folder(str(self.output)):
-            ending = PurePath(str(self.output)).suffix
-            if self.format and WRITABLE.get(ending.lower()) != WRITABLE[f".{self.format}"]:
-                raise UsageError(f"--output {shown(str(self.output))}: ends in {ending}, but --format is {self.format}")
+        if self.output is not None and not self.to_stdout and not is_folder(self.output):
+            ending = PurePath(self.output).suffix
+            if (
+                self.format
+                and not is_stream(self.output)
+                and WRITABLE.get(ending.lower()) != WRITABLE[f".{self.format}"]
+            ):
+                raise UsageError(f"--output {shown(self.output)}: ends in {ending}, but --format is {self.format}")
         if self.suffix not in WRITABLE:
             return  # told with the inputs in view
         form = WRITABLE[self.suffix][0]
@@ -169,14 +189,14 @@ class SampleConfig(Record):
         """Ending of the outputs' names, in lower case."""
         if self.format is not None:
             return f".{self.format}"
-        if self.output in (None, "-") or is_folder(str(self.output)):
+        if self.output is None or self.to_stdout or is_folder(self.output):
             return ".png"
-        return PurePath(str(self.output)).suffix.lower()
+        return PurePath(self.output).suffix.lower() or ".png"  # streams need no ending
 
     @property
     def to_stdout(self) -> bool:
         """Whether image bytes go to stdout: asked for, or nothing was and the image comes from stdin."""
-        return self.output == "-" or (self.output is None and "-" in self.inputs)
+        return self.output in STDOUT or (self.output is None and "-" in self.inputs)
 
 
 def _no_pipe(stream: TextIO | None) -> str:
@@ -186,4 +206,8 @@ def _no_pipe(stream: TextIO | None) -> str:
 
 def is_folder(output: str) -> bool:
     """Tell whether the name of an output is meant as a folder's."""
-    return output.endswith(("/", os.sep)) or os.path.isdir(output) or not PurePath(output).suffix
+    return (
+        output.endswith(("/", os.sep))
+        or os.path.isdir(output)
+        or (not PurePath(output).suffix and not is_stream(output))
+    )

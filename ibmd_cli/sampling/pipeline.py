@@ -26,7 +26,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.export.load import is_exported, load_exported
 from ibmd_cli.files import FULL, is_stream, why, write_file
 from ibmd_cli.images.decode import Budget, own_limits, shown
-from ibmd_cli.images.encode import SOFTWARE, encode
+from ibmd_cli.images.encode import encode
 from ibmd_cli.images.find import passed_over
 from ibmd_cli.images.grids import Sheet, thumbnail
 from ibmd_cli.processes import AllGather, connect, this_process
@@ -57,7 +57,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
         IbmdError: an output exists; nothing was done.
     """
     process, processes = (here := this_process()).rank, here.count
-    if processes > 1 and ("-" in (*config.inputs, config.files_from, config.output) or config.grid):
+    if processes > 1 and ("-" in (*config.inputs, config.files_from) or config.to_stdout or config.grid):
         raise UsageError("several processes: stdin, stdout and --grid are for one; give files, or start one")
     reporter.quiet = reporter.quiet or process > 0
     with connect() as gather:
@@ -292,8 +292,8 @@ class _Outputs:
         """Return the bytes of the finished picture, its size, and its thumbnail for the sheet."""
         image = self.translator.finish(job)
         dpi = job.dpi if image.size == job.size else None
-        tags = job.tags | {SOFTWARE: f"{self.made_by} variant={job.variant}"}
-        data = encode(image, self.config.suffix, self.config.quality, dpi, tags)
+        made_by = f"{self.made_by} variant={job.variant}"
+        data = encode(image, self.config.suffix, self.config.quality, dpi, job.metadata, made_by)
         return data, image.size, thumbnail(image) if self.sheet is not None else None
 
 

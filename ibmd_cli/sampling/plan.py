@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,11 +19,12 @@ import numpy as np
 from PIL import Image
 
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.files import is_stream, unwritable, why
+from ibmd_cli.files import folds_case, is_stream, unwritable, why
 from ibmd_cli.images.decode import shown
 from ibmd_cli.images.encode import WRITABLE
 from ibmd_cli.images.find import find_images, find_matches, named_path, passed_over
 from ibmd_cli.images.fit import Geometry
+from ibmd_cli.images.metadata import Metadata
 from ibmd_cli.images.tiles import Tiles
 from ibmd_cli.sampling.config import SampleConfig, is_folder
 
@@ -47,7 +48,7 @@ class Job:
         size: (width, height) of the input, as soon as it is read.
         notes: what is to be said of the input.
         dpi: see `decode.Picture`.
-        tags: EXIF tag → text, which the output is to hold.
+        metadata: what the output is to say of its input.
         before: the input, small, for the contact sheet.
         x: canvas, (3, H, W), uint8 or float32 in [-1, 1]: a square of the model's size, or larger, in tiles.
         tiles: of the canvas.
@@ -71,7 +72,7 @@ class Job:
     size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     dpi: tuple[float, float] | None = None
-    tags: dict[int, str] = field(default_factory=dict)
+    metadata: Metadata = Metadata()
     before: Image.Image | None = None
     x: np.ndarray = LATER
     tiles: Tiles = LATER
@@ -279,7 +280,10 @@ def _check_output(found: Sequence[Job], config: SampleConfig) -> None:
             raise UsageError(f"{images}, {variants}: stdout takes one picture; give --output FOLDER/")
     elif config.output is not None:
         output, name = Path(config.output), shown(config.output)
-        if is_folder(config.output):
+        if is_stream(output):
+            if len(found) > 1 or config.variants > 1:
+                raise UsageError(f"--output {name}: a FIFO or a device takes a single picture; give a folder")
+        elif is_folder(config.output):
             if os.path.lexists(output) and not os.path.isdir(output):
                 raise UsageError(f"--output {name}: is a file; expected a folder, or a name with {endings}")
         elif output.suffix.lower() not in WRITABLE:
@@ -291,41 +295,54 @@ def _check_output(found: Sequence[Job], config: SampleConfig) -> None:
 def _output(job: Job, variant: int, config: SampleConfig, folder: bool) -> Path | None:
     mark = f".{variant}" if config.variants > 1 else ""
     place = PurePath(job.place)
+    stem = place.name if config.keep_suffix and place.suffix.lower() != config.suffix else place.stem
     if config.to_stdout:
         return None
     if config.output is None:
-        return Path(job.path).with_name(f"{place.stem}.ibmd{mark}{config.suffix}")
+        return Path(job.path).with_name(f"{stem}.ibmd{mark}{config.suffix}")
     output = Path(config.output)
     if folder:
-        return output / place.with_name(f"{place.stem}{mark}{config.suffix}")
+        return output / place.with_name(f"{stem}{mark}{config.suffix}")
     return output.with_name(f"{output.stem}{mark}{output.suffix}")
 
 
 def _unique(jobs: Sequence[Job]) -> list[Job]:
     """Drop repeated jobs, and refuse outputs that would overwrite inputs or one another, also through links."""
     inputs = {os.path.realpath(job.path) for job in jobs}
-    makers: dict[str, Job] = {}
+    makers: dict[str, dict[tuple[str, int], Job]] = {}  # output → its jobs, by input and variant
     for job in jobs:
-        real = os.path.realpath(str(job.output))
-        if real in inputs:
-            raise UsageError(
-                f"{shown(job.path)}: its output {shown(str(job.output))} is an input, too; give another --output"
-            )
-        other = makers.setdefault(real, job)
-        if other.variant != job.variant or os.path.realpath(other.path) != os.path.realpath(job.path):
-            first, path, output = shown(other.path), shown(job.path), shown(str(job.output))
-            raise UsageError(
-                f"{first} and {path} would both become {output}; {_apart(Path(other.path), Path(job.path))}"
-            )
-    return list(makers.values())
+        makers.setdefault(os.path.realpath(str(job.output)), {})[os.path.realpath(job.path), job.variant] = job
+    if over := [job for real, group in makers.items() if real in inputs for job in group.values()]:
+        more = f" (and {len(over) - 1} more)" if len(over) > 1 else ""
+        output = shown(str(over[0].output))
+        raise UsageError(f"{shown(over[0].path)}: its output {output} is an input, too{more}; give another --output")
+    alike: dict[str, list[Job]] = {}  # outputs that differ in upper and lower case alone
+    for real, group in makers.items():
+        alike.setdefault(real.casefold(), []).extend(group.values())
+    groups = [list(group.values()) for group in makers.values() if len(group) > 1]
+    if not groups:
+        folding = (group for group in alike.values() if len(group) > 1)
+        groups = [group for group in folding if folds_case(Path(str(group[0].output)).parent)]
+    if groups:
+        raise UsageError(_collisions(groups))
+    return [next(iter(group.values())) for group in makers.values()]
 
 
-def _apart(one: Path, other: Path) -> str:
-    """Say what keeps the outputs of two inputs apart."""
-    if one.parent == other.parent and one.suffix != other.suffix:
-        kinds = " and ".join(f"--input '{shown(one.parent / f'*{end}')}'" for end in (one.suffix, other.suffix))
-        return f"rename one, or make a run for each kind, {kinds}, with different --output"
-    return "translate them in two runs with different --output, or give the folder above them as --input, --recursive"
+def _collisions(groups: list[list[Job]]) -> str:
+    """Name outputs that several inputs would become, and what keeps them apart."""
+    most = 10
+    lines = []
+    for group in groups[:most]:
+        *paths, last = (shown(job.path) for job in group)
+        both = "both" if len(group) == 2 else "all"
+        lines.append(f"{', '.join(paths)} and {last} would {both} become {shown(str(group[0].output))}")
+    text = "; ".join(lines) + (f"; and {len(groups) - most} more" if len(groups) > most else "")
+    pairs = [(Path(one.path), Path(other.path)) for group in groups for one, other in pairwise(group)]
+    if all(one.parent == other.parent and one.suffix.lower() != other.suffix.lower() for one, other in pairs):
+        ending = Path(str(groups[0][0].output)).suffix
+        other = next(path for path in pairs[0] if path.suffix.lower() != ending)
+        return f"{text}: --keep-suffix keeps them apart ({shown(other.name + ending)})"
+    return f"{text}: translate them in several runs with different --output, or give the folder above them, --recursive"
 
 
 def _check_grid(jobs: Sequence[Job], config: SampleConfig) -> list[str]:

@@ -65,7 +65,9 @@ class Inputs:
         """Read and fit an input; its variants share the pixels, which the jobs of the plan never hold."""
         first = jobs[0]
         picture = self._picture(first.source)
-        read = replace(first, size=picture.rgb.size, notes=picture.notes, dpi=picture.dpi, tags=picture.credits)
+        read = replace(first, size=picture.rgb.size, notes=picture.notes, dpi=picture.dpi)
+        if self.config.metadata == "keep":
+            read.metadata = picture.metadata
         read.before = thumbnail(picture.rgb) if self.config.grid else None
         self.translator.prepare(picture, read, self._mask(first, picture), self._label(first))
         return [replace(read, variant=job.variant, output=job.output) for job in jobs]

@@ -209,7 +209,7 @@ def test_what_is_read_beside_the_pixels(picture):
     exif = Image.Exif()
     exif[0x8298], exif[0x013B], exif[0x010F] = "© Ann\n".encode(), "\x1b[31mÜ".encode("latin-1"), "Camera"
     got = decode(io.BytesIO(file_of(picture, "JPEG", exif=exif, dpi=(300, 150))), "test")
-    assert got.credits == {0x8298: "© Ann", 0x013B: "[31mÜ"}
+    assert got.metadata.base == {0x8298: "© Ann".encode(), 0x013B: "[31mÜ".encode(), 0x010F: "Camera"}
     assert got.dpi == (300, 150)
     for dpi in ((0, 0), (1, 1)):
         assert decode(io.BytesIO(file_of(picture, "JPEG", dpi=dpi)), "test").dpi is None

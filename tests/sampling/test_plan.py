@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ibmd_cli.files import folds_case
+from ibmd_cli.sampling import plan
+
 
 @pytest.fixture
 def drawing(drawings, tmp_path) -> Path:
@@ -161,3 +164,72 @@ def test_a_device_that_is_full(sample, drawing):
     assert result.code == 1
     assert "disk full while writing full.png" in result.err
     assert Path("full.png").is_char_device()
+
+
+# -------------------------------------------------------------------------------------------------- collisions
+
+
+def in_all_formats(drawings: Path, folder: Path, *names: str) -> None:
+    folder.mkdir()
+    with Image.open(drawings / "drawing-0.png") as image:
+        for name in names:
+            image.save(folder / name)
+
+
+FOUR = ("photo.avif", "photo.bmp", "photo.jpg", "photo.tif")
+
+
+@pytest.mark.parametrize("options", [[], ["-o", "out/"], ["--variants", "2"], ["-o", "out/", "--format", "webp"]])
+def test_all_collisions_are_named_at_once_and_a_flag_keeps_all(sample, drawings, tmp_path, options):
+    in_all_formats(drawings, tmp_path / "in", *FOUR, "two.png", "two.webp", "alone.png")
+    refused = sample("-i", "in", "--student", "absent", *options)
+    assert (refused.code, refused.stdout) == (2, b"")
+    for name in (*FOUR, "two.png", "two.webp"):
+        assert f"in/{name}" in refused.err
+    assert "alone" not in refused.err
+    assert refused.err.count("would all become") == refused.err.count("would both become") == 1 + ("2" in options)
+    assert "--keep-suffix keeps them apart (photo." in refused.err
+    assert not Path("out").exists()
+    result = sample("-i", "in", "--keep-suffix", *options)
+    assert (result.code, len(result.paths)) == (0, 14 if "2" in options else 7)
+    assert len({Path(path).resolve() for path in result.paths}) == len(result.paths)
+    if options == ["-o", "out/"]:
+        names = ["alone.png", *(f"{name}.png" for name in FOUR), "two.png", "two.webp.png"]
+        assert result.paths == [f"out/{name}" for name in names]
+
+
+def test_of_very_many_collisions_some_are_named_and_the_rest_counted(sample, drawings, tmp_path):
+    in_all_formats(drawings, tmp_path / "in", *(f"{i:02d}.{end}" for i in range(25) for end in ("png", "bmp")))
+    result = sample("-i", "in", "-o", "out/")
+    assert result.code == 2
+    assert result.err.count("would both become") == 10
+    assert "; and 15 more: --keep-suffix" in result.err
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_names_that_differ_in_case_alone_collide_where_the_file_system_says_so(sample, drawings, monkeypatch, folds):
+    """Whether it does is asked of the file system; that of this machine tells case apart."""
+    Path("in").mkdir()
+    shutil.copy(drawings / "drawing-0.png", "in/a.png")
+    shutil.copy(drawings / "drawing-1.png", "in/A.png")
+    assert not folds_case(Path("absent/deeper"))
+    if folds:
+        monkeypatch.setattr(plan, "folds_case", lambda folder: True)
+    result = sample("-i", "in", "-o", "out/")
+    assert result.code == (2 if folds else 0)
+    assert ("in/A.png and in/a.png would both become out/A.png" in result.err) == folds
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_other_names_of_stdout(sample, drawing, name):
+    assert sample("-i", drawing, "-o", name).stdout == sample("-i", drawing, "-o", "-").stdout
+    assert sample("-i", drawing, "-o", name, "--json").code == 2
+
+
+def test_a_device_takes_one_picture(sample, drawing):
+    assert sample("-i", drawing, "-o", os.devnull).paths == [os.devnull]
+    assert sample("-i", drawing, "-o", os.devnull, "--format", "jpg").code == 0
+    refused = sample("-i", drawing, "-o", os.devnull, "--variants", 2)
+    assert (refused.code, "takes a single picture" in refused.err) == (2, True)
+    assert not Path("/dev/null.1").exists()
