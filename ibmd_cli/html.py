@@ -13,7 +13,7 @@ from ibmd_cli.reporting import counted
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 190, 44, 10, 8, 22
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 190, 50, 10, 8, 22
 """Size of a chart and its margins, in pixels."""
 
 Points = Sequence[tuple[float, float]]

@@ -298,6 +298,7 @@ def test_one_draws_and_sees_the_result(student: Student, page: Path, tmp_path: P
         drawn = after(driver, lambda: drag(driver, "mouse", (0.1, 0.1), (0.5, 0.1), (0.9, 0.15)))
         drawn.check(student)
         assert (drawn.x_T[0, :, 3, 5:15] < 0).all()  # a black line
+        assert (drawn.board[120:] == 255).all()  # nothing of the example, below the stroke
         assert torch.equal(drawn.z, example.z)
         assert not torch.equal(drawn.result, example.result)
 

@@ -115,7 +115,7 @@ def test_what_is_small_or_alone_is_seen(tmp_path: Path):
     assert ">1e−4<" in page.source
     assert not re.search(r">0\.000\d+<", page.source)  # as wide as that, it was cut at the left
     page = written(tmp_path, [line(1), line(2, diversity=0.1, teacher_diversity=0.2)], "finished")
-    assert re.search(r'class="a" points="(\S+) \1"', page.source)  # a point alone would not be drawn
+    assert re.search(r'class="a dot" points="(\S+) \1"', page.source)  # a point alone would not be drawn
 
 
 def test_many_wide_previews(tmp_path: Path):
@@ -162,6 +162,6 @@ def test_tracker_that_is_not_installed(arguments: list[object], tmp_path: Path, 
     monkeypatch.setattr("ibmd_cli.training.loop.find_spec", lambda _: None)
     with pytest.raises(UsageError, match="--track wandb: it is not installed: pip install wandb"):
         distill(*arguments, "--track", "wandb", "--out", tmp_path / "run")
-    with pytest.raises(UsageError, match="'mlflow' is not one of"):
+    with pytest.raises(UsageError, match="--track mlflow: expected tensorboard or wandb"):
         distill(*arguments, "--track", "mlflow", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
