@@ -1,4 +1,4 @@
-"""Models that live elsewhere: the table of published teachers; verified downloads from, and uploads to, the Hub.
+"""What lives elsewhere: verified downloads from, and uploads to, the Hub; downloads from other servers.
 
 A file is fetched by huggingface_hub into its own cache (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and tokens as
 everywhere), and its hash compared, once, with the one that the Hub keeps of it. What is published arrives whole, in
@@ -14,9 +14,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.error import HTTPError, URLError
 from urllib.parse import unquote
+from urllib.request import Request, urlopen
 
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
@@ -24,10 +27,16 @@ from ibmd_cli.files import atomic_file
 from ibmd_cli.reporting import Reporter, is_plain
 
 MB = 1_000_000
+BLOCK = 1 << 20  # bytes
 TRIES = 3
+"""Of the Hub."""
+MOST_TRIES = 5
+"""Of other servers, in a row, without a byte in between."""
+PAUSE = 2.0  # seconds between them
+PASSING = (408, 429, 500, 502, 503, 504)
+"""What a server says when it is busy."""
 LOST = {"NetworkError", "RemoteProtocolError"}
 """A connection that broke, where huggingface_hub did not mend it. Of httpx in its version 1, of httpx2 in version 2."""
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 HF = re.compile(
     r"hf://(?P<repo>[^\s/@]+/[^\s/@]+)(@(?P<revision>refs/(pr|convert)/[^\s/@]+|[^\s/@]+))?(/(?P<file>.+))?"
 )
@@ -152,19 +161,23 @@ def _is_lost(error: Exception) -> bool:
 
 
 @contextmanager
-def _manners(quiet: bool) -> Iterator[None]:
-    """Have huggingface_hub refuse what the disk cannot hold, rather than warn, and be silent if asked."""
-    from huggingface_hub.utils import logging
+def _manners(quiet: bool, bars: bool = True) -> Iterator[None]:
+    """Have huggingface_hub refuse what the disk cannot hold, rather than warn; be silent, or show no bars, if asked."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, hide = logging.get_verbosity(), not bars and not are_progress_bars_disabled()
     if quiet:
         logging.set_verbosity_error()
+    if hide:
+        disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Not enough free disk space")
             yield
     finally:
         logging.set_verbosity(verbosity)
+        if hide:
+            enable_progress_bars()
 
 
 def _explain(error: Exception, name: str, repo: str, revision: str | None) -> IbmdError:
@@ -193,17 +206,13 @@ def _explain(error: Exception, name: str, repo: str, revision: str | None) -> Ib
             )
         case errors.EntryNotFoundError():
             return NotAvailable(f"{name}: no such file: see {page}/tree/{revision or 'main'}")
-        case OSError(errno=number) if number in NO_SPACE:
-            return _no_space(name, said)
-        case UserWarning():
-            return _no_space(name, said)
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG) | UserWarning():
+            return IbmdError(
+                f"{name}: the disk is full ({said}): make room, or set HF_HOME to a folder on another disk"
+            )
         case OSError() if "Consistency check failed" in said:
             return IbmdError(f"{name}: truncated ({said}): try again")
     return NotAvailable(f"{name}: cannot be fetched ({type(error).__name__}: {said})")
-
-
-def _no_space(name: str, said: str) -> IbmdError:
-    return IbmdError(f"{name}: the disk is full ({said}): make room, or set HF_HOME to a folder on another disk")
 
 
 # ------------------------------------------------------------------------------------------------------- uploads
@@ -265,28 +274,13 @@ def push(files: Mapping[str, Path | bytes], repo: str, *, public: bool = False, 
 
     size = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
     reporter.note(f"pushing {len(files)} files, {size / MB:.1f} MB, to {constants.ENDPOINT}/{repo}")
-    with _manners(quiet), _bars(not quiet and not is_plain()), warnings.catch_warnings(record=True) as caught:
+    with _manners(quiet, not quiet and not is_plain()), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         url = _persist(upload, lambda error: _explain_push(error, repo))
     for warning in caught:
         if "metadata" in (told := " ".join(str(warning.message).split())):  # what the Hub has to say of the card
             reporter.warn(f"hf://{repo}: {told}")
     return url
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Turn huggingface_hub's own progress bars off, unless they are to be shown."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _explain_push(error: Exception, repo: str) -> IbmdError:
@@ -314,6 +308,77 @@ def _explain_push(error: Exception, repo: str) -> IbmdError:
     if isinstance(error, ValueError):
         return IbmdError(f"{name}: the Hub refuses it: {' '.join(str(error).split())}")
     return NotAvailable(f"{name}: cannot be pushed ({type(error).__name__}: {said}): run the same command again")
+
+
+# ----------------------------------------------------------------------------------------------------- other servers
+
+
+def fetch_file(url: str, path: Path, reporter: Reporter) -> None:
+    """Fetch a file of any size from any server, from where an earlier transfer of it broke.
+
+    Args:
+        url: of the file.
+        path: where to write it; what is there is taken for its beginning, if the server says that it has not changed.
+        reporter: for progress.
+
+    Raises:
+        NotAvailable: the server does not have it, or cannot be reached.
+        OSError: it cannot be written.
+    """
+    # huggingface_hub takes at most 50 GB without the Hub's own protocol; pooch and torch.hub begin anew after a break.
+    tries, said = MOST_TRIES, ""
+    while tries:
+        start = path.stat().st_size if path.exists() else 0
+        try:
+            if _receive(url, path, start, reporter):
+                return
+            said = "the connection broke"
+        except HTTPError as error:
+            if error.code == 416 and error.headers.get("Content-Range", "").rpartition("/")[2] == str(start):
+                return  # there is no more of it
+            said = f"the server says {error.code} {error.reason}"
+            if error.code not in PASSING:
+                raise NotAvailable(f"{url}: {said}: is it still there?") from error
+        except (HTTPException, URLError, TimeoutError, ConnectionError) as error:
+            said = str(error) or type(error).__name__
+        grown = (path.stat().st_size if path.exists() else 0) > start
+        tries = MOST_TRIES if grown else tries - 1 if url.startswith("http") else 0
+        time.sleep(PAUSE if tries else 0)
+    raise NotAvailable(f"{url}: {said}: is there a network? The same command goes on where it broke")
+
+
+def _receive(url: str, path: Path, start: int, reporter: Reporter) -> bool:
+    """Write what comes from byte `start` on to the end of `path`, or all of it anew; tell whether all of it came."""
+    tag = path.with_suffix(".tag")
+    headers = {"User-Agent": f"ibmd/{__version__}", "Range": f"bytes={start}-"}
+    if start and tag.exists() and (mark := tag.read_text(encoding="utf-8")):
+        headers["If-Range"] = mark  # if it has changed, all of it comes
+    with urlopen(Request(url, headers=headers), timeout=60) as response:
+        at = 0
+        if response.status == 206:
+            at = int(response.headers["Content-Range"].removeprefix("bytes ").partition("-")[0])
+        length = response.headers.get("Content-Length")
+        end = None if length is None else at + int(length)
+        mark = response.headers.get("ETag", "W/")
+        if mark.startswith("W/"):  # a weak one does not tell whether the bytes are the same
+            mark = response.headers.get("Last-Modified", "")
+        tag.write_text(mark, encoding="utf-8")
+        bar = _bar(reporter, path.name.removesuffix(".part"))(total=end, initial=at)
+        with open(path, "r+b" if path.exists() else "wb") as file, bar:
+            file.seek(at)
+            file.truncate()
+            while block := _read(response):
+                file.write(block)
+                bar.update(len(block))
+                at += len(block)
+    return end in (None, at)
+
+
+def _read(response: Any) -> bytes:
+    try:
+        return bytes(response.read(BLOCK))
+    except OSError as error:  # not of the disk
+        raise URLError(error) from error
 
 
 # ---------------------------------------------------------------------------------------------------------- means
@@ -374,13 +439,10 @@ def _bar(reporter: Reporter, file: str) -> type:
             if _megabytes(self.n) != before:
                 self.meter.advance(_megabytes(self.n) - before)
 
-        def update_transfer(self, n: int = 1) -> None:
-            """Bytes over the wire, which may be fewer than the file's: one bar is enough."""
+        def ignore(self, *_: Any, **__: Any) -> None:
+            """Bytes over the wire, which may be fewer than the file's, and the rate, which the meter finds itself."""
 
-        def set_postfix_str(self, *_: Any, **__: Any) -> None:
-            """The rate, which the meter finds itself."""
-
-        set_transfer_postfix_str = set_postfix_str
+        update_transfer = set_postfix_str = set_transfer_postfix_str = ignore
 
         def close(self) -> None:
             self.stack.close()

@@ -12,30 +12,20 @@ import io
 import shutil
 import sys
 import tarfile
-import time
 import tomllib
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
-from ibmd_cli import __version__
 from ibmd_cli.data.forms import read_normals
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import FULL, atomic_folder, why
-from ibmd_cli.hub import MB, cache_folder
-from ibmd_cli.reporting import Meter, Reporter
+from ibmd_cli.hub import MB, cache_folder, fetch_file
+from ibmd_cli.reporting import Reporter
 
 TABLE = Path(__file__).parent / "datasets.toml"
-PASSING = (408, 429, 500, 502, 503, 504)
-"""What a server says when it is busy."""
-TRIES = 5
-"""In a row, without a byte in between."""
-PAUSE = 2.0  # seconds between them
 BLOCK = 1 << 20  # bytes
 
 
@@ -155,7 +145,7 @@ def _fetch(name: str, row: dict[str, Any], reporter: Reporter) -> None:
     need, free = row["bytes"] - done + row["kept"], shutil.disk_usage(place.parent).free
     if free < need:
         raise _no_space(name, f"{need / 1e9:.1f} GB are needed in {place.parent}, {free / 1e9:.1f} GB are free")
-    download(row["url"], archive, reporter)
+    fetch_file(row["url"], archive, reporter)
     if row["md5"]:
         _verify(archive, row["md5"], reporter)
     with atomic_folder(place) as new:
@@ -172,96 +162,7 @@ def _no_space(name: str, said: str) -> IbmdError:
     return IbmdError(f"dataset:{name}: the disk is full ({said}): make room, or set IBMD_CACHE to a folder elsewhere")
 
 
-# ------------------------------------------------------------------------------------------------------- transfer
-
-
-def download(url: str, path: Path, reporter: Reporter) -> None:
-    """Fetch a file of any size, from where an earlier transfer of it broke.
-
-    Of libraries at hand, huggingface_hub's function takes at most 50 GB without the Hub's own protocol, and pooch
-    begins anew when a transfer breaks.
-
-    Args:
-        url: of the file.
-        path: where to write it; what is there is taken for its beginning, if the server says that it has not changed.
-        reporter: for progress.
-
-    Raises:
-        NotAvailable: the server does not have it, or cannot be reached.
-        OSError: it cannot be written.
-    """
-    tag, tries = path.with_suffix(".tag"), TRIES
-    while tries:
-        before = path.stat().st_size if path.exists() else 0
-        try:
-            with _open(url, before, tag) as response:
-                if response is None or _receive(response, path, tag, reporter):
-                    return
-            said = "the connection broke"
-        except HTTPError as error:
-            said = f"the server says {error.code} {error.reason}"
-            if error.code not in PASSING:
-                raise NotAvailable(f"{url}: {said}: is it still there?") from error
-        except (HTTPException, URLError, TimeoutError, ConnectionError) as error:
-            said = str(error) or type(error).__name__
-        grown = (path.stat().st_size if path.exists() else 0) > before
-        tries = TRIES if grown else tries - 1
-        time.sleep(PAUSE)
-    raise NotAvailable(f"{url}: {said}: is there a network? The same command goes on where it broke")
-
-
-@contextmanager
-def _open(url: str, start: int, tag: Path) -> Iterator[HTTPResponse | None]:
-    """Ask for a file from byte `start` on; None if there is no more of it."""
-    headers = {"User-Agent": f"ibmd/{__version__}", "Range": f"bytes={start}-"}
-    if start and tag.exists() and (mark := tag.read_text(encoding="utf-8")):
-        headers["If-Range"] = mark  # if it has changed, all of it comes
-    try:
-        response = urlopen(Request(url, headers=headers), timeout=60)
-    except HTTPError as error:
-        if error.code == 416 and error.headers.get("Content-Range", "").rpartition("/")[2] == str(start):
-            yield None
-            return
-        raise
-    with response:
-        yield response
-
-
-def _receive(response: HTTPResponse, path: Path, tag: Path, reporter: Reporter) -> bool:
-    """Write what comes to the end of `path`, or over it if it comes from the start; tell whether all of it came."""
-    start = 0
-    if response.status == 206:
-        start = int(response.headers["Content-Range"].removeprefix("bytes ").partition("-")[0])
-    length = response.headers.get("Content-Length")
-    end = None if length is None else start + int(length)
-    mark = response.headers.get("ETag", "W/")
-    if mark.startswith("W/"):  # a weak one does not tell whether the bytes are the same
-        mark = response.headers.get("Last-Modified", "")
-    tag.write_text(mark, encoding="utf-8")
-    with (
-        path.open("r+b" if path.exists() else "wb") as file,
-        reporter.progress(path.name.removesuffix(".part"), (end or 0) // MB, "MB", start // MB) as meter,
-    ):
-        file.seek(start)
-        file.truncate()
-        at = start
-        while block := _read(response):
-            file.write(block)
-            _advance(meter, at, at + len(block))
-            at += len(block)
-    return end in (None, at)
-
-
-def _read(response: HTTPResponse) -> bytes:
-    try:
-        return response.read(BLOCK)
-    except OSError as error:  # not of the disk
-        raise URLError(error) from error
-
-
-def _advance(meter: Meter, before: int, after: int) -> None:
-    if megabytes := after // MB - before // MB:
-        meter.advance(megabytes)
+# ---------------------------------------------------------------------------------------------------- archives
 
 
 def _verify(file: Path, md5: str, reporter: Reporter) -> None:
@@ -300,9 +201,9 @@ def unpack(archive: Path, folder: Path, members: str, normals: int, reporter: Re
                     if member.isfile() and fnmatch.fnmatchcase(member.name, members):
                         _unpack(tar, tarfile.data_filter(member, str(folder)), folder, normals)
                         count += 1
-                    now = stream.tell()
-                    _advance(meter, at, now)
-                    at = now
+                    before, at = at, stream.tell() // MB
+                    if at > before:
+                        meter.advance(at - before)
                 while plain.read(BLOCK):  # the checksum stands at the end
                     pass
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -4,7 +4,6 @@ A file is looked for among the paths that were given, then where PyTorch keeps s
 is `$TORCH_HOME/hub`). Nothing is fetched unless that is asked for, and nothing of another hash is used.
 """
 
-import urllib.error
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 
 from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.files import sha256
+from ibmd_cli.hub import fetch_file
+from ibmd_cli.reporting import Reporter
 
 
 class Published(NamedTuple):
@@ -113,15 +114,17 @@ def locate(name: str, given: Sequence[Path] = (), fetch: bool = False, quiet: bo
                 return _checked(path, file.digest)
     if not fetch:
         raise NotAvailable(f"no weights of {file.what} here: fetch {file.url} and give --weights FILE, or add --fetch")
-    path = cache / file.names[0]
+    path, part = cache / file.names[0], cache / f"{file.names[0]}.part"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(file.url, str(path), file.digest, progress=not quiet)
-    except (urllib.error.URLError, OSError) as error:
+        fetch_file(file.url, part, Reporter(quiet))
+    except (NotAvailable, OSError) as error:
         raise NotAvailable(f"{file.url}: cannot be fetched ({error}): fetch it by hand and give --weights") from error
-    except RuntimeError as error:  # another hash: nothing was kept
-        raise IbmdError(f"{file.url}: damaged on the way ({error}): try again") from error
-    return path
+    part.with_suffix(".tag").unlink(missing_ok=True)
+    if not (found := sha256(part)).startswith(file.digest):
+        part.unlink()
+        raise IbmdError(f"{file.url}: damaged on the way (sha256 {found[:8]}…, expected {file.digest}…): try again")
+    return part.replace(path)
 
 
 def check_given(given: Sequence[Path]) -> None:

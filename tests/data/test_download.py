@@ -23,6 +23,7 @@ import torch
 from distilling import distill
 from PIL import Image
 
+from ibmd_cli import hub
 from ibmd_cli.data import download
 from ibmd_cli.data.download import data_folder, data_sets, fetch, to_fetch, unpack
 from ibmd_cli.data.embedded import embedded_pairs, embedded_sources
@@ -80,7 +81,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(download, "PAUSE", 0)
+    monkeypatch.setattr(hub, "PAUSE", 0)
     served = Server()
     thread = threading.Thread(target=served.host.serve_forever, args=(0.02,))
     thread.start()
@@ -237,7 +238,7 @@ def test_asks_at_a_terminal(server: Server, pairs: dict, tmp_path: Path):
     os.close(terminal)
     assert process.stdout == "dataset:pairs: not fetched; give your own images: --data FOLDER\n", process.stderr
     assert process.stderr.count("licence: MIT") == process.stderr.count("Fetch it? [y/N]") == 2
-    assert len(cached(tmp_path)) == 4
+    assert len(cached(tmp_path)) == 4, process.stderr
 
 
 # -------------------------------------------------------------------------------------------------- what goes wrong
@@ -251,7 +252,7 @@ def test_transfer_goes_on_where_it_broke(server: Server, pairs: dict, tmp_path: 
 
 
 def test_later_run_goes_on_where_the_first_gave_up(server: Server, pairs: dict, tmp_path: Path):
-    server.cuts = [300, *[0] * download.TRIES]
+    server.cuts = [300, *[0] * hub.MOST_TRIES]
     with pytest.raises(NotAvailable, match="the connection broke: is there a network"):
         fetch(["dataset:pairs"], QUIET, yes=True)
     assert not (tmp_path / "cache" / "datasets" / "pairs" / "images").exists()
@@ -267,7 +268,7 @@ def test_file_that_changed_or_a_server_without_ranges(changed: bool, server: Ser
     if changed:
         server.content = os.urandom(5000)
     server.ranges = changed
-    server.cuts = [400, *[0] * download.TRIES]
+    server.cuts = [400, *[0] * hub.MOST_TRIES]
     with pytest.raises(NotAvailable):
         fetch(["dataset:pairs"], QUIET, yes=True)
     server.content = whole
@@ -278,7 +279,7 @@ def test_file_that_changed_or_a_server_without_ranges(changed: bool, server: Ser
 def test_transfer_that_was_complete_already(server: Server, tmp_path: Path):
     server.content = b"x" * 1000
     (tmp_path / "file.part").write_bytes(server.content)
-    download.download(server.url, tmp_path / "file.part", QUIET)
+    hub.fetch_file(server.url, tmp_path / "file.part", QUIET)
     assert (tmp_path / "file.part").read_bytes() == server.content
 
 
@@ -307,9 +308,9 @@ def test_damaged_archive(server: Server, pairs: dict, tmp_path: Path):
 
 def test_no_such_file_and_no_server(server: Server, tmp_path: Path):
     with pytest.raises(NotAvailable, match="the server says 404 Not Found"):
-        download.download(server.url.replace("set", "other"), tmp_path / "x", QUIET)
+        hub.fetch_file(server.url.replace("set", "other"), tmp_path / "x", QUIET)
     with pytest.raises(NotAvailable, match="refused.*is there a network"):
-        download.download("http://127.0.0.1:9/set.tar.gz", tmp_path / "x", QUIET)
+        hub.fetch_file("http://127.0.0.1:9/set.tar.gz", tmp_path / "x", QUIET)
 
 
 def test_disk_that_fills_up(server: Server, pairs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
