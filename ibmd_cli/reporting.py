@@ -1,4 +1,4 @@
-"""What the user sees on stderr: notes, warnings, progress. Results alone go to stdout.
+"""The user's stderr: notes, warnings, errors, progress. Results alone go to stdout.
 
 On a terminal, a bar; elsewhere a plain line every few seconds and no escape code at all.
 """
@@ -11,14 +11,16 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.progress import Progress
 from rich.text import Text
 
+BAR = 24  # columns of the bar, at most
 
-def is_plain(stream: TextIO | None = None) -> bool:
+
+def is_plain(stream: IO[str] | None = None) -> bool:
     """Tell whether `stream` (stderr, unless given) must get no escape codes."""
     environ = os.environ
     asked = environ.get("TERM") == "dumb" or "NO_COLOR" in environ or environ.get("CI", "") not in ("", "0", "false")
@@ -53,12 +55,17 @@ def _plain(error: UnicodeError) -> tuple[bytes, int]:
     return bytes(plain), error.end
 
 
-_PLAIN = {"×": "x", "–": "-", "→": "->", "≤": "<=", "≥": ">=", "·": "*"}
+_PLAIN = {"…": "...", "×": "x", "–": "-", "→": "->", "≤": "<=", "≥": ">=", "·": "*"}
 
 
 def counted(count: int, noun: str) -> str:
     """Write a number of things: "1 pair", "1,234 pairs", "2 processes"."""
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def is_unicode(stream: IO[str] | None) -> bool:
+    """Tell whether a stream takes every character."""
+    return (getattr(stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
 
 
 class Reporter:
@@ -76,7 +83,7 @@ class Reporter:
             force_terminal=None if not self.plain else False,
             no_color=self.plain,
             highlight=False,
-            soft_wrap=True,
+            soft_wrap=sys.stderr is None or not sys.stderr.isatty(),  # a terminal would break words
         )
 
     def note(self, message: str) -> None:
@@ -100,73 +107,104 @@ class Reporter:
         elif self.plain:
             yield _PlainMeter(self, what, total, unit, done)
         else:
-            columns: list[ProgressColumn] = [
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TextColumn("{task.fields[details]}"),
-                TextColumn("ETA"),
-                TimeRemainingColumn(compact=True),
-            ]
-            with Progress(*columns, console=self.console) as bar:
-                yield _BarMeter(bar, what, total, unit, done)
+            meter = _BarMeter(what, total, unit, done)
+            with _Bar(meter, console=self.console):
+                yield meter
 
 
 class Meter:
     """Progress that is not shown."""
 
     def advance(self, n: int = 1, **details: Any) -> None:
-        """Report `n` units done, and values to show beside them."""
+        """Report `n` units done, and values to show beside them if there is room."""
 
 
-class _Rate:
-    """Units per second since the first of them was done, so that preparations do not count."""
+class _Counted(Meter):
+    """Progress as text: what, how much of it, the time that is left, then speed and other values.
 
-    def __init__(self) -> None:
+    The speed is that since the first unit was done, so that preparations do not count.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, done
         self.began = self.first = time.monotonic()
         self.count = self.first_count = 0
+        self.details: dict[str, Any] = {}
 
-    def add(self, n: int) -> float:
-        now = time.monotonic()
+    def advance(self, n: int = 1, **details: Any) -> None:
         if self.count == 0:
-            self.first, self.first_count = now, n
+            self.first, self.first_count = time.monotonic(), n
         self.count += n
-        if now - self.first > 0.5:
+        self.done += n
+        self.details = details or self.details
+
+    @property
+    def rate(self) -> float:
+        """Units per second."""
+        now = time.monotonic()
+        if now - self.first > 0.5 and self.count > self.first_count:
             return (self.count - self.first_count) / (now - self.first)
         return self.count / max(1e-9, now - self.began)
 
+    def left(self) -> str:
+        """Return the time that is left, as soon as one unit is done; at the end, the time that it took."""
+        if self.done >= self.total:
+            return f"in {_clock(time.monotonic() - self.began)}"
+        return f"{_clock((self.total - self.done) / self.rate)} left" if self.count else "starting"
 
-class _BarMeter(Meter):
-    def __init__(self, bar: Progress, what: str, total: int, unit: str, done: int) -> None:
-        self.bar, self.unit, self.rate = bar, unit, _Rate()
-        self.task = bar.add_task(what, total=total, completed=done, rate="", details="")
-
-    def advance(self, n: int = 1, **details: Any) -> None:
-        rate = f"{self.rate.add(n):.3g} {self.unit}/s"
-        self.bar.update(self.task, advance=n, rate=rate, details=_join(details))
+    def rest(self) -> list[str]:
+        """Return what is said if there is room."""
+        rate = f"{self.rate:,.0f}" if self.rate >= 100 else f"{self.rate:.3g}"
+        shown = [f"{rate} {self.unit}/s"] if self.count else []
+        return shown + [f"{key.replace('_', ' ')} {value}" for key, value in self.details.items()]
 
 
-class _PlainMeter(Meter):
+class _BarMeter(_Counted):
+    def line(self, width: int, fancy: bool) -> Text:
+        """Return a line of at most `width` columns: bar, count, time left, and then what there is room for."""
+        count = f"{self.done:>{len(str(self.total))}}/{self.total}"
+        must = f" {count}  {self.left()}"
+        what = self.what if len(self.what) + len(must) + 8 <= width else self.what[: max(0, width - len(must) - 1)]
+        bar = max(0, min(BAR, width - len(what) - len(must) - 1))
+        full = min(bar, bar * self.done // max(1, self.total))
+        text = Text(f"{what} ", no_wrap=True, overflow="crop")
+        text.append(("━" if fancy else "#") * full, style="cyan")
+        text.append(("━" if fancy else ".") * (bar - full), style="dim").append(must)
+        for part in self.rest():
+            if text.cell_len + 2 + len(part) < width:
+                text.append(f"  {part}", style="dim")
+            else:
+                break
+        return text
+
+
+class _Bar(Progress):
+    """A live display of one meter."""
+
+    def __init__(self, meter: _BarMeter, console: Console) -> None:
+        self.meter = meter
+        super().__init__(console=console)
+
+    def get_renderable(self) -> Group:
+        return Group(self.meter.line(self.console.width, is_unicode(self.console.file)))
+
+
+class _PlainMeter(_Counted):
     SECONDS = 5.0
 
     def __init__(self, reporter: Reporter, what: str, total: int, unit: str, done: int) -> None:
-        self.reporter, self.what, self.total, self.unit, self.done = reporter, what, total, unit, done
-        self.rate, self.shown = _Rate(), time.monotonic()
+        super().__init__(what, total, unit, done)
+        self.reporter, self.shown = reporter, time.monotonic()
 
     def advance(self, n: int = 1, **details: Any) -> None:
-        self.done += n
-        rate = self.rate.add(n)
+        super().advance(n, **details)
         now = time.monotonic()
-        if now - self.shown < self.SECONDS and self.done < self.total:
-            return
-        self.shown = now
-        left = (self.total - self.done) / rate
-        self.reporter.note(
-            f"{self.what} {self.done}/{self.total}  {rate:.3g} {self.unit}/s  {_join(details)}  "
-            f"ETA {int(left // 60)}:{int(left % 60):02d}"
-        )
+        if now - self.shown >= self.SECONDS or self.done >= self.total:
+            self.shown = now
+            self.reporter.note("  ".join([f"{self.what} {self.done}/{self.total}", self.left(), *self.rest()]))
 
 
-def _join(details: dict[str, Any]) -> str:
-    return "  ".join(f"{key} {value}" for key, value in details.items())
+def _clock(seconds: float) -> str:
+    """Spell a time: 0:07, 12:30, 3:05:00."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -7,7 +7,6 @@ settings, and it is called with the records that flags, environment and `--confi
 
 import difflib
 import inspect
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ibmd_cli import __version__
 from ibmd_cli.cli.help import Option, write_help
+from ibmd_cli.cli.show import print_json
 from ibmd_cli.errors import UsageError
 from ibmd_cli.settings import (
     Record,
@@ -190,8 +190,7 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Any]], Callabl
             flags = {key.rstrip("_"): value for key, value in _merge(flags).items() if value is not None}
             file = flags.get("config") or os.environ.get("IBMD_CONFIG") or None
             if flags.get("schema"):
-                typer.echo(json.dumps(json_schema(every), indent=2))
-                return
+                return print_json(json_schema(every), 2)
             arguments: dict[str, Any] = {}
             for key, record in records.items():
                 own = {one.name: flags.get(one.name) for one in settings(record)}

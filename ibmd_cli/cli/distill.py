@@ -1,18 +1,18 @@
 """`ibmd distill`."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
 from ibmd_cli.cli.commands import Common, Given, command, spread
-from ibmd_cli.cli.show import show_plan, show_teachers
+from ibmd_cli.cli.show import print_json, show_plan, show_teachers
 from ibmd_cli.processes import this_process
 from ibmd_cli.reporting import Reporter
-from ibmd_cli.settings import Record, setting, to_json
+from ibmd_cli.settings import Record, setting
 from ibmd_cli.training.config import CONTENTS, DistillConfig, resolve
 
 
@@ -66,8 +66,9 @@ def distill(given: Annotated[Given, DistillConfig], run: DistillRun, common: Com
         from ibmd_cli.processes import count_processes
         from ibmd_cli.training.plan import plan
 
-        processes = count_processes(run.processes, resolve_device(run.device))
-        return show_plan(plan(config, out, processes), to_json(config), origins, common.as_json)
+        device = resolve_device(run.device)
+        found = plan(config, out, count_processes(run.processes, device), device)
+        return show_plan(found, config, origins, common.as_json)
     if any(reference.startswith("dataset:") for reference in config.data):
         from ibmd_cli.data.download import fetch
 
@@ -77,4 +78,10 @@ def distill(given: Annotated[Given, DistillConfig], run: DistillRun, common: Com
 
     student = distill(config, origins, out, device, run.resume, reporter)
     if this_process().rank == 0:
-        typer.echo(json.dumps({"schema": 1, "student": str(student)}) if common.as_json else str(student))
+        if common.as_json:
+            print_json({"schema": 1, "student": str(student)})
+        else:
+            typer.echo(str(student))
+        reporter.note(
+            f"made {student}; see {out / 'run.html'}; next: ibmd sample drawing.png --student {quote(str(out))}"
+        )

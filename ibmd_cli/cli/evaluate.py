@@ -1,12 +1,9 @@
 """`ibmd eval`."""
 
-import json
 from dataclasses import dataclass
 
-import typer
-
 from ibmd_cli.cli.commands import Common, command, spread
-from ibmd_cli.cli.show import show
+from ibmd_cli.cli.show import print_json, show
 from ibmd_cli.evaluation.config import EvalConfig
 from ibmd_cli.processes import this_process
 from ibmd_cli.reporting import Reporter
@@ -38,8 +35,13 @@ def evaluate(config: EvalConfig, run: EvalRun, common: Common) -> None:
     from ibmd_cli.evaluation.evaluate import evaluate
     from ibmd_cli.evaluation.tables import tables
 
-    results = evaluate(config, Reporter(common.quiet or this_process().rank > 0))
+    reporter = Reporter(common.quiet or this_process().rank > 0)
+    results = evaluate(config, reporter)
     if results and common.as_json:
-        typer.echo(json.dumps(results, ensure_ascii=False))
+        print_json(results)
     elif results:
         show(tables(results))
+    if config.out is None:
+        reporter.note("next: the same with --out report, for a page with pictures; nothing was written")
+    else:
+        reporter.note(f"next: open {config.out / 'report.html'} in a browser")

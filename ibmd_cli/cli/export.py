@@ -1,11 +1,11 @@
 """`ibmd export`."""
 
-import json
+from shlex import quote
 
 import typer
 
 from ibmd_cli.cli.commands import Common, command
-from ibmd_cli.cli.show import show_exports
+from ibmd_cli.cli.show import print_json, show_exports
 from ibmd_cli.export.config import ExportConfig
 from ibmd_cli.reporting import Reporter
 
@@ -37,11 +37,15 @@ def export(config: ExportConfig, common: Common) -> None:
         )
         reporter.note(f"next: {report['next']}")
     if common.as_json:
-        typer.echo(json.dumps({"schema": 1, "exports": reports} if config.everything else reports[0]))
+        print_json({"schema": 1, "exports": reports} if config.everything else reports[0])
     elif config.everything:
         show_exports(reports)
     else:
         typer.echo(str(files[0].output))
+    if files[0].format == "web":
+        reporter.note(f"next: open {files[0].output} in a browser")
+    else:
+        reporter.note(f"next: ibmd sample drawing.png --student {quote(str(files[-1].output))}")
 
 
 def _publish(config: ExportConfig, repository: str, common: Common) -> None:
@@ -56,9 +60,10 @@ def _publish(config: ExportConfig, repository: str, common: Common) -> None:
         quiet=common.quiet,
     )
     if common.as_json:
-        typer.echo(json.dumps({"schema": 1, **report}, ensure_ascii=False))
+        print_json({"schema": 1, **report})
     elif config.dry_run:
         typer.echo("\n".join(f"{file['bytes']:>12,} {file['path']}" for file in report["files"]))
         typer.echo(report["card"])
     else:
         typer.echo(report["url"])
+        Reporter(common.quiet).note(f"next: ibmd sample drawing.png --student hf://{repository}")

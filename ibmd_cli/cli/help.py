@@ -3,7 +3,7 @@
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ibmd_cli.reporting import is_plain
@@ -44,6 +44,35 @@ def _default(one: Setting) -> str:
     return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
+def rows(options: Iterable[tuple[str, str]], width: int, column: int = COLUMN, plain: bool = True) -> Iterator[str]:
+    """Yield the lines of two columns: names, and texts that are broken between words.
+
+    Args:
+        options: name and text of each row.
+        width: of the lines.
+        column: where the texts begin; at half the width at most.
+        plain: no escape codes.
+    """
+    column = min(column, width // 2)
+    for name, text in options:
+        first, *rest = textwrap.wrap(text, width - column, break_on_hyphens=False) or [""]
+        if len(name) + 4 > column:
+            yield "  " + _styled(name, "36", plain)
+            yield " " * column + first
+        else:
+            yield "  " + _styled(name, "36", plain) + " " * (column - 2 - len(name)) + first
+        yield from (" " * column + line for line in rest)
+
+
+def heading(text: str, plain: bool) -> str:
+    """Return the line above a panel."""
+    return _styled(text, "1", plain)
+
+
+def _styled(text: str, code: str, plain: bool) -> str:
+    return text if plain else f"\033[{code}m{text}\033[0m"
+
+
 def write_help(
     usage: str, text: str, panels: Mapping[str, Sequence[Option]], notes: Iterable[str], epilog: Iterable[str]
 ) -> None:
@@ -56,25 +85,12 @@ def write_help(
         notes: paragraphs after the panels.
         epilog: lines that stand as they are; the ones that do not begin with spaces are headings.
     """
-    width = min(shutil.get_terminal_size().columns, WIDEST)
-    plain = is_plain(sys.stdout)
-
-    def styled(line: str, code: str) -> str:
-        return line if plain else f"\033[{code}m{line}\033[0m"
-
-    lines = [styled("Usage: ", "1") + usage, ""]
+    width, plain = min(shutil.get_terminal_size().columns, WIDEST), is_plain(sys.stdout)
+    lines = [heading("Usage: ", plain) + usage, ""]
     lines += textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
-    for heading, options in panels.items():
-        lines += ["", styled(heading, "1")]
-        for name, help in options:
-            column = min(COLUMN, width // 2)
-            first, *rest = textwrap.wrap(help, width - column, break_on_hyphens=False) or [""]
-            if len(name) + 4 > column:
-                lines.append("  " + styled(name, "36"))
-                name = ""
-            lines.append("  " + (styled(name, "36") if name else "") + " " * (column - 2 - len(name)) + first)
-            lines += [" " * column + line for line in rest]
+    for title, options in panels.items():
+        lines += ["", heading(title, plain), *rows(options, width, plain=plain)]
     for note in notes:
         lines += ["", *textwrap.wrap(note, width, break_on_hyphens=False)]
-    lines += ["", *(line if line.startswith(" ") else styled(line, "1") for line in epilog)]
+    lines += ["", *(line if line.startswith(" ") else heading(line, plain) for line in epilog)]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -2,20 +2,27 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import typer
 
-from ibmd_cli.reporting import is_plain
+from ibmd_cli.cli.help import WIDEST, heading, rows
+from ibmd_cli.reporting import counted, is_plain, is_unicode
+from ibmd_cli.settings import settings, to_json
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Print JSON; characters are escaped where stdout does not take all."""
+    typer.echo(json.dumps(value, ensure_ascii=not is_unicode(sys.stdout), indent=indent))
 
 
 def show_teachers(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print the teachers that are known."""
     if as_json:
-        typer.echo(json.dumps({"schema": 1, "teachers": rows}, ensure_ascii=False))
-        return
+        return print_json({"schema": 1, "teachers": rows})
     sites = {"hf": "Hub", "https": "Google Drive", "embedded": "embedded"}
     short = [
         {
@@ -35,19 +42,63 @@ def show_teachers(rows: list[dict[str, Any]], as_json: bool) -> None:
     table("Teachers (Table 7: distilled in the paper; --json tells files, parameters and data, too)", short)
 
 
-def show_plan(plan: dict[str, Any], settings: dict[str, Any], origins: Mapping[str, str], as_json: bool) -> None:
-    """Print what a distillation would take, and where its settings come from."""
+def show_plan(plan: dict[str, Any], config: Any, origins: Mapping[str, str], as_json: bool) -> None:
+    """Print what a distillation would take, and which settings are not the default."""
     if as_json:
-        typer.echo(json.dumps({"schema": 1, "settings": settings, "origins": origins, "plan": plan}))
-        return
-    table("Settings", [{"setting": k, "value": settings[k], "origin": o} for k, o in origins.items()])
-    files = [
-        f"{' and '.join(f['files'])} of {f['url']}, about {f['bytes'] / 1e9:.1f} GB, {f['how']}"
-        for f in plan["files to download"]
+        return print_json({"schema": 1, "settings": to_json(config), "origins": origins, "plan": plan})
+    images, several = plan["images per update"], plan["processes"] > 1
+    memory = f"about {_size(plan['memory of each process, bytes'])} on {plan['device']}"
+    auto = "auto" in str(plan["micro-batch"])
+    found = [
+        ("teacher", f"{config.teacher}, {_millions(plan['parameters of the teacher'])} parameters"),
+        *(("data", line) for line in plan["data"] or [", ".join(config.data) or "none: give --data FOLDER"]),
+        *(("sizes", line) for line in plan["sizes"]),
+        (
+            "student",
+            f"{counted(config.nfe, 'network call')} an image, {plan['image size']}×{plan['image size']} pixels",
+        ),
+        ("updates", f"{config.steps:,} of the student, {plan['updates of the bridge model']:,} of the bridge model"),
+        ("images", f"{images:,} per update" + (f", in {plan['processes']} processes" if several else "")),
+        ("memory", memory + " for one image at a time" * auto + " in each process" * several),
+        *(
+            ("download", f"{' and '.join(f['files'])} of {f['url']}, about {_size(f['bytes'])}, {f['how']}")
+            for f in plan["files to download"]
+        ),
+        ("time", f"about {_time(plan['seconds'])} on this machine" if plan["seconds"] else "not tried on this machine"),
+        ("run folder", plan["run folder"]),
     ]
-    rows = {key.replace(", bytes", ""): f"{v / 1e9:.3g} GB" if "bytes" in key else v for key, v in plan.items()}
-    rows["files to download"] = "; ".join(files) or "none"
-    table("Plan", [{"what": k, "value": v} for k, v in rows.items()])
+    changed = [
+        (one.key, f"{_value(getattr(config, one.name))} ({origins[one.name]})")
+        for one in settings(config.__class__)
+        if getattr(config, one.name) != one.default
+    ]
+    width, plain = min(shutil.get_terminal_size().columns, WIDEST), is_plain(sys.stdout)
+    lines = [heading("Plan", plain), *rows(found, width, 14, plain)]
+    if changed:
+        lines += ["", heading("Settings that are not the default", plain), *rows(changed, width, 20, plain)]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.3g} million" if number >= 1e6 else f"{number:,}"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.2g} GB" if size >= 1e8 else f"{size / 1e6:.2g} MB"
+
+
+def _time(seconds: float) -> str:
+    """Spell a time roughly."""
+    for size, unit, limit in ((1, "second", 90), (60, "minute", 90), (3600, "hour", 48)):
+        if seconds / size < limit:
+            return counted(max(1, round(seconds / size)), unit)
+    return counted(round(seconds / 86400), "day")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def show_exports(reports: list[dict[str, Any]]) -> None:
