@@ -182,11 +182,11 @@ class _Bar(Progress):
     """A live display of one meter."""
 
     def __init__(self, meter: _BarMeter, console: Console) -> None:
-        self.meter = meter
+        self.meter, self.terminal = meter, console
         super().__init__(console=console)
 
     def get_renderable(self) -> Group:
-        return Group(self.meter.line(self.console.width, is_unicode(self.console.file)))
+        return Group(self.meter.line(self.terminal.width, is_unicode(self.terminal.file)))
 
 
 class _PlainMeter(_Counted):

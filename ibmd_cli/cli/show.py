@@ -1,10 +1,10 @@
 """Tables that commands print on stdout."""
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import typer
@@ -19,27 +19,25 @@ def print_json(value: Any, indent: int | None = None) -> None:
     typer.echo(json.dumps(value, ensure_ascii=not is_unicode(sys.stdout), indent=indent))
 
 
-def show_teachers(rows: list[dict[str, Any]], as_json: bool) -> None:
+def show_teachers(known: list[dict[str, Any]], as_json: bool) -> None:
     """Print the teachers that are known."""
     if as_json:
-        return print_json({"schema": 1, "teachers": rows})
-    sites = {"hf": "Hub", "https": "Google Drive", "embedded": "embedded"}
-    short = [
-        {
-            "teacher": row["teacher"],
-            "task": row["task"],
-            "pixels": row["pixels"],
-            "kind": row["kind"],
-            "size": f"{row['bytes'] / 1e9:.1f} GB" if row["bytes"] > 1e8 else f"{row['bytes'] / 1e6:.0f} MB",
-            "from": sites[row["source"].partition(":")[0]],
-            "licence": row["licence"],
-            "Table 7": "yes" if row["paper_row"] else "",
-        }
-        for row in rows
-    ]
-    if sys.stdout.isatty() and os.get_terminal_size().columns < 120:
-        short = [{key: row[key] for key in ("teacher", "task", "size", "from")} for row in short]
-    table("Teachers (Table 7: distilled in the paper; --json tells files, parameters and data, too)", short)
+        return print_json({"schema": 1, "teachers": known})
+    sites = {"hf": "the Hub", "https": "Google Drive", "embedded": "this package"}
+    _print(
+        "Teachers that --teacher takes (--json tells files, parameters and data, too)",
+        (
+            (
+                row["teacher"],
+                f"{row['task']}, {row['pixels']} px, {row['kind']}, {_size(row['bytes'])} from "
+                f"{sites[row['source'].partition(':')[0]]}, {row['licence']}"
+                + ", in the paper"
+                * bool(row["paper_row"]),
+            )
+            for row in known
+        ),
+        36,
+    )
 
 
 def show_plan(plan: dict[str, Any], config: Any, origins: Mapping[str, str], as_json: bool) -> None:
@@ -72,11 +70,17 @@ def show_plan(plan: dict[str, Any], config: Any, origins: Mapping[str, str], as_
         for one in settings(config.__class__)
         if getattr(config, one.name) != one.default
     ]
-    width, plain = min(shutil.get_terminal_size().columns, WIDEST), is_plain(sys.stdout)
-    lines = [heading("Plan", plain), *rows(found, width, 14, plain)]
+    _print("Plan", found, 14)
     if changed:
-        lines += ["", heading("Settings that are not the default", plain), *rows(changed, width, 20, plain)]
-    sys.stdout.write("\n".join(lines) + "\n")
+        typer.echo()
+        _print("Settings that are not the default", changed, 20)
+
+
+def _print(title: str, lines: Iterable[tuple[str, str]], column: int) -> None:
+    """Print names and texts in two columns, as wide as the terminal."""
+    width, plain = min(shutil.get_terminal_size().columns, WIDEST), is_plain(sys.stdout)
+    titles = [heading(line, plain) for line in textwrap.wrap(title, width)]
+    typer.echo("\n".join([*titles, *rows(lines, width, column, plain)]))
 
 
 def _millions(number: int) -> str:
@@ -103,32 +107,19 @@ def _value(value: Any) -> str:
 
 def show_exports(reports: list[dict[str, Any]]) -> None:
     """Print how exported files compare with their student."""
-    table("Exports", [_export_row(report) for report in reports])
-
-
-def _export_row(report: dict[str, Any]) -> dict[str, Any]:
-    times = report["ms_per_image"]
-    return {
-        "file": report["output"],
-        "MB": f"{report['bytes'] / 1e6:.2f}",
-        "max difference": f"{report['max_difference']:.2g}",
-        "mean": f"{report['mean_difference']:.2g}",
-        "PSNR dB": "equal" if report["psnr"] is None else f"{report['psnr']:.1f}",
-        "ms/image": f"{times['exported']:.2f}",
-        "student": f"{times['student']:.2f}",
-    }
-
-
-def table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows on stdout; the first column names them and is never broken."""
-    from rich.table import Table
-
-    table = Table(title=title, box=None, title_justify="left", header_style="bold")
-    for i, name in enumerate(rows[0]):
-        table.add_column(name, no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*(str(v) for v in row.values()))
-    show(table, None if sys.stdout.isatty() else 200)
+    _print(
+        "Files, and how they differ from the student",
+        (
+            (
+                report["output"],
+                f"{_size(report['bytes'])}, largest difference {report['max_difference']:.2g}, "
+                f"PSNR {'equal' if report['psnr'] is None else format(report['psnr'], '.1f') + ' dB'}, "
+                f"{report['ms_per_image']['exported']:.2f} ms/image (student: {report['ms_per_image']['student']:.2f})",
+            )
+            for report in reports
+        ),
+        44,
+    )
 
 
 def show(what: Any, width: int | None = None) -> None:

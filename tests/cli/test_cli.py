@@ -1,5 +1,6 @@
 """The program as a whole: start-up, exit codes, one-line errors, and what a terminal or a pipe gets."""
 
+import json
 import os
 import subprocess
 import sys
@@ -123,3 +124,29 @@ def test_one_of_several_processes_says_which_it_is():
     done = ibmd(*command, "builtin:outline2emojy", **place)
     assert done.stderr.startswith("error: process 2 of 2: no teacher 'builtin:outline2emojy'")
     assert ibmd(*command, "builtin:outline2emoji", "--lr", "-1", **place).stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["distill", "--help"], ["sample", "--help"], ["distill", "--list-teachers"], ["distill", "--ÄΩ…"]],
+    ids=lambda arguments: "-".join(arguments[:2]),
+)
+def test_text_never_dies_of_a_character(arguments: list[str], encoding: str):
+    done = subprocess.run(
+        [sys.executable, "-m", "ibmd_cli", *arguments], capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert done.returncode == (2 if "--ÄΩ…" in arguments else 0), done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"codec" not in done.stderr
+    (done.stdout + done.stderr).decode(encoding)
+
+
+def test_names_in_json_survive_an_encoding_that_lacks_their_letters(tmp_path: Path):
+    command = ["distill", "--dry-run", "--json", "--out", str(tmp_path / "Ωμέγα"), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ibmd_cli", *command], capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, encoding="ascii",
+    )  # fmt: skip
+    assert json.loads(done.stdout)["plan"]["run folder"] == str(tmp_path / "Ωμέγα")
