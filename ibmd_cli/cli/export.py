@@ -1,7 +1,5 @@
 """`ibmd export`."""
 
-from shlex import quote
-
 import typer
 
 from ibmd_cli.cli.commands import Common, command
@@ -35,17 +33,13 @@ def export(config: ExportConfig, common: Common) -> None:
             f"{file.output}: {report['bytes'] / 1e6:.2f} MB, largest difference {report['max_difference']:.2g}, "
             f"{times['exported']:.2f} ms/image (student: {times['student']:.2f})"
         )
-        reporter.note(f"next: {report['next']}")
     if common.as_json:
         print_json({"schema": 1, "exports": reports} if config.everything else reports[0])
     elif config.everything:
         show_exports(reports)
     else:
         typer.echo(str(files[0].output))
-    if files[0].format == "web":
-        reporter.note(f"next: open {files[0].output} in a browser")
-    else:
-        reporter.note(f"next: ibmd sample drawing.png --student {quote(str(files[-1].output))}")
+    reporter.note(f"next: {reports[-1]['next']}")
 
 
 def _publish(config: ExportConfig, repository: str, common: Common) -> None:

@@ -37,7 +37,7 @@ def screens() -> Iterator[Screens]:
 
 
 @pytest.fixture
-def home(tiny_teacher: Path, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tiny_teacher: Path, drawings: Path, tmp_path: Path) -> Path:
     """A folder with a teacher, drawings, and pairs."""
     for side in ("source", "target"):
         shutil.copytree(drawings, tmp_path / "pairs" / side)
@@ -73,14 +73,14 @@ def test_screens_of_the_four_commands(screens: Screens, home: Path, terminal: di
     assert made["wrong"].code == 2
     for screen in made.values():
         check(screen, terminal)
-    text = {name: " ".join(screen.raw.split()) for name, screen in made.items()}
+    text = {name: " ".join(" ".join(screen.lines).split()) for name, screen in made.items()}
     assert "error: --learning-rate: ibmd distill has no such option; did you mean --lr?" in text["wrong"]
     assert "drawings: 8 sources" in text["plan"]
     assert "32×32 pixels and becomes 16×16" in text["plan"]
     assert re.search(r"about \d+ (seconds?|minutes?) on this machine", text["plan"])
     assert "ibmd sample drawing.png --student run" in text["distill"]
     assert "run/run.html" in text["distill"]
-    assert "ibmd sample drawing.png --student student.safetensors" in text["export"]
+    assert "ibmd sample --student student.safetensors" in text["export"]
     assert "--out report" in text["eval"]
 
 
