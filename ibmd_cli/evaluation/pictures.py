@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ibmd_cli.data.pairs import Pairs, batches
+from ibmd_cli.data.pairs import Pairs
 from ibmd_cli.evaluation.measure import Entry, Measurement
 from ibmd_cli.files import atomic_file
 from ibmd_cli.images.decode import shown as printable
@@ -71,84 +71,50 @@ def write(
         `shown_by` and `shown` of the results: each image with its files.
     """
     even = chosen.numbers["even"]
-    others = sorted({row for rows in chosen.numbers.values() for row in rows} - set(even))
-    files: dict[int, dict[str, Any]] = {}
-    columns: dict[str, list[Tensor]] = {}
-    for rows in _groups(even):
-        pictures = _translate(rows, [entry.samples for entry in entries], entries, pairs, measurement, device)
-        _save(out, rows, pictures, files)
-        columns.setdefault("source", []).append(pictures.source)
-        for k in _grid_rows(entries):
-            columns.setdefault(f"{entries[k].label}, {entries[k].nfe} NFE", []).append(pictures.drawn[k][0])
-        columns.setdefault("truth", []).append(pictures.truth)
-    for rows in _groups(others):
-        _save(out, rows, _translate(rows, [1] * len(entries), entries, pairs, measurement, device), files)
-    with atomic_file(out / "grid.png") as new:
-        labelled_grid({label: torch.cat(images) for label, images in columns.items()}).save(new, format="png")
-    shown = [
-        {
-            "name": printable(pairs.names[row]),
-            "why": why,
-            "score": float(terms[f"0.{chosen.by}"][row]) if chosen.by else None,
-            **files[row],
-        }
-        for why, rows in chosen.numbers.items()
-        for row in rows
-    ]
-    return {"shown_by": chosen.by, "shown": shown}
-
-
-def _groups(numbers: list[int]) -> list[list[int]]:
-    return [[numbers[i] for i in rows] for rows in batches(len(numbers), AT_ONCE)] if numbers else []
-
-
-def _grid_rows(entries: Sequence[Entry]) -> list[int]:
-    """Choose the rows of the grid: the teacher at fewest and most calls, then the students."""
+    rows = [*even, *sorted({row for rows in chosen.numbers.values() for row in rows} - set(even))]
     teachers = [k for k, entry in enumerate(entries) if entry.kind == "teacher"]
     students = [k for k, entry in enumerate(entries) if entry.kind == "student"]
-    return [*teachers[:1], *teachers[1:][-1:], *students]
+    in_grid = [*teachers[:1], *teachers[1:][-1:], *students]  # the teacher at fewest and most calls, then the students
+    files: dict[int, dict[str, Any]] = {}
+    grid: dict[str, list[Tensor]] = {}
+    for some in (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)):
+        batch = pairs.read(some)
+        most = max(entry.samples for entry in entries) if set(some) & set(even) else 1
+        drawn = [
+            [measurement.translate(entry, batch, device, 0, draw) for draw in range(min(most, entry.samples))]
+            for entry in entries
+        ]
+        source = to_uint8(batch.sources.x_T)
+        for i, row in enumerate(some):
+            draws = [[images[i] for images in (each if row in even else each[:1])] for each in drawn]
+            files[row] = _save(out, f"{len(files):03d}", source[i], batch.truth[i], draws)
+            if row in even:
+                shown = {f"{entries[k].label}, {entries[k].nfe} NFE": draws[k][0] for k in in_grid}
+                for label, image in {"source": source[i], **shown, "truth": batch.truth[i]}.items():
+                    grid.setdefault(label, []).append(image)
+    with atomic_file(out / "grid.png") as new:
+        labelled_grid({label: torch.stack(images) for label, images in grid.items()}).save(new, format="png")
+    entry_of = {
+        row: {"name": printable(pairs.names[row]), "score": float(terms[f"0.{chosen.by}"][row]) if chosen.by else None}
+        for row in rows
+    }
+    shown_rows = [(why, row) for why, found in chosen.numbers.items() for row in found]
+    return {"shown_by": chosen.by, "shown": [{**entry_of[row], "why": why, **files[row]} for why, row in shown_rows]}
 
 
-class _Pictures(NamedTuple):
-    """Sources, targets, and for each entry its draws, all uint8 (n, 3, H, W)."""
+def _save(out: Path, name: str, source: Tensor, truth: Tensor, draws: list[list[Tensor]]) -> dict[str, Any]:
+    """Write the pictures of a pair, uint8 (3, H, W), and return their files: `draws` are those of each model."""
 
-    source: Tensor
-    truth: Tensor
-    drawn: list[list[Tensor]]
-
-
-def _translate(
-    rows: list[int],
-    draws: list[int],
-    entries: Sequence[Entry],
-    pairs: Pairs,
-    measurement: Measurement,
-    device: torch.device,
-) -> _Pictures:
-    """Translate a few sources again, with so many draws of each entry."""
-    batch = pairs.read(rows)
-    drawn = [
-        [measurement.translate(entry, batch, device, 0, draw) for draw in range(count)]
-        for entry, count in zip(entries, draws, strict=True)
-    ]
-    return _Pictures(to_uint8(batch.sources.x_T), batch.truth, drawn)
-
-
-def _save(out: Path, rows: list[int], pictures: _Pictures, files: dict[int, dict[str, Any]]) -> None:
-    """Write pictures, and note their files by the number of the pair."""
-
-    def save(name: str, pixels: Tensor) -> str:
-        with atomic_file(out / name) as new:
+    def save(file: str, pixels: Tensor) -> str:
+        with atomic_file(out / file) as new:
             Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(new, format="png")
-        return name
+        return file
 
-    for i, row in enumerate(rows):
-        name = f"{len(files):03d}"
-        files[row] = {
-            "source": save(f"images/source/{name}.png", pictures.source[i]),
-            "truth": save(f"images/truth/{name}.png", pictures.truth[i]),
-            "rows": [
-                [save(f"images/{k}/{name}.{d + 1}.png", images[i]) for d, images in enumerate(draws)]
-                for k, draws in enumerate(pictures.drawn)
-            ],
-        }
+    return {
+        "source": save(f"images/source/{name}.png", source),
+        "truth": save(f"images/truth/{name}.png", truth),
+        "rows": [
+            [save(f"images/{k}/{name}.{d + 1}.png", image) for d, image in enumerate(images)]
+            for k, images in enumerate(draws)
+        ],
+    }

@@ -59,18 +59,9 @@ def cautions(
         samples: draws for each.
         reference: file or folder of the FID's reference, if it was not the targets.
     """
-    return {name: _caution(name, protocol, images, size, samples, reference) for name in names}
-
-
-def _caution(
-    name: str, protocol: Protocol | None, images: int, size: int, samples: int, reference: Path | None
-) -> str | None:
-    if own := METRICS[name].caution:
-        return own
     if protocol is None:
-        return "no --protocol: published figures have images and settings of their own"
-    if name not in protocol.metrics:
-        return f"{protocol.name} does not measure it"
+        none = "no --protocol: published figures have images and settings of their own"
+        return {name: METRICS[name].caution or none for name in names}
     reasons = []
     if images != protocol.images:
         reasons.append(f"{images} images, {protocol.name} has {protocol.images}")
@@ -78,9 +69,13 @@ def _caution(
         reasons.append(f"{size} pixels, {protocol.name} has {protocol.size}")
     if samples > 1:
         reasons.append(f"{samples} samples of each source, {protocol.name} has 1")
-    if name == "fid" and (reference is None or reference.name != protocol.reference):
-        reasons.append(f"reference {reference or 'these targets'}, expected {protocol.reference}")
-    return "; ".join(reasons) or None
+    found: dict[str, str | None] = {}
+    for name in names:
+        own = METRICS[name].caution or ("" if name in protocol.metrics else f"{protocol.name} does not measure it")
+        other = name == "fid" and (reference is None or reference.name != protocol.reference)
+        more = [f"reference {reference or 'these targets'}, expected {protocol.reference}"] if other else []
+        found[name] = own or "; ".join(reasons + more) or None
+    return found
 
 
 def describe(protocol: Protocol | None) -> str:

@@ -21,6 +21,8 @@ from ibmd_cli.metrics.features import Network
 from ibmd_cli.metrics.scores import FEWEST, HALVINGS, KID_IMAGES, METRICS, Estimate, estimate
 from ibmd_cli.reporting import counted
 
+SHOWN = ("label", "unit", "scale", "digits", "direction", "paired")
+"""What results tell of a score, for tables."""
 FRECHET = ("fid", "fd_efflite0")
 
 
@@ -66,7 +68,10 @@ def summarise(
         "schema": 1,
         "ibmd_version": __version__,
         **context,
-        "metrics": {name: _shown(name, cautions[name]) for name in measurement.metrics},
+        "metrics": {
+            name: {**{key: getattr(METRICS[name], key) for key in SHOWN}, "not_comparable": cautions[name]}
+            for name in measurement.metrics
+        },
         "protocol": _protocol_texts(measurement, networks, settings, protocol),
         "rows": rows,
         "differences": _differences(rows, terms),
@@ -222,20 +227,6 @@ def _floors(measurement: Measurement, parts: Parts) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------ descriptions
-
-
-def _shown(name: str, caution: str | None) -> dict[str, Any]:
-    """Return how a score is shown."""
-    metric = METRICS[name]
-    return {
-        "label": metric.label,
-        "unit": metric.unit,
-        "scale": metric.scale,
-        "digits": metric.digits,
-        "direction": metric.direction,
-        "paired": metric.paired,
-        "not_comparable": caution,
-    }
 
 
 def _protocol_texts(
