@@ -272,6 +272,10 @@ def _open(config: EvalConfig, protocol: Protocol | None, data: str, entries: lis
     )
 
 
+class Unmeasurable(IbmdError):
+    """A score that cannot be measured on these data."""
+
+
 def choose_metrics(
     config: EvalConfig,
     protocol: Protocol | None,
@@ -289,7 +293,7 @@ def choose_metrics(
 
     Raises:
         NotAvailable: weights that a metric needs are not here, or nothing is left to measure.
-        IbmdError: a metric that was asked for by its name cannot be measured.
+        Unmeasurable: a metric that was asked for by its name; those chosen by default are left out with a note.
     """
     asked = config.metrics or (protocol.metrics if protocol else DEFAULT)
     size, mode = entries[0].model.image_size, protocol.inception if protocol else "tensorflow"
@@ -302,7 +306,7 @@ def choose_metrics(
         if network not in networks:
             networks[network] = load_network(network, device, mode, enlarge, find)
         if size < (smallest := networks[network].smallest):
-            raise IbmdError(f"needs images of at least {smallest} pixels, the model's have {size}")
+            raise Unmeasurable(f"needs images of at least {smallest} pixels, the model's have {size}")
 
     names, networks, left_out = [], dict[str, Network](), dict[str, str]()
     for name in (name for name in METRICS if name in asked):
@@ -310,7 +314,7 @@ def choose_metrics(
             _check_metric(name, len(pairs.names), size, samples, pairs.classes)
             if METRICS[name].network:
                 load(METRICS[name].network)
-        except IbmdError as error:
+        except (Unmeasurable, NotAvailable) as error:
             if name in config.metrics:
                 raise type(error)(f"--metric {name}: {error}; or leave {name} out") from error
             left_out[name] = str(error)
@@ -325,16 +329,16 @@ def choose_metrics(
 
 
 def _check_metric(name: str, images: int, size: int, samples: int, classes: bool) -> None:
-    """Raise an IbmdError if a score cannot be measured on these data."""
+    """Raise `Unmeasurable` if a score cannot be measured on these data."""
     if images < (needs := METRICS[name].needs):
         few = f"{counted(images, 'pair')} {'is' if images == 1 else 'are'} too few: {needs} are needed"
-        raise IbmdError(f"{few}, give --data with more")
+        raise Unmeasurable(f"{few}, give --data with more")
     if name in ("energy_score", "diversity") and samples < 2:
-        raise IbmdError("needs several samples of each source: give --samples 2 or more")
+        raise Unmeasurable("needs several samples of each source: give --samples 2 or more")
     if name == "ssim" and size < 11:
-        raise IbmdError(f"needs images of at least 11 pixels, the model's have {size}")
+        raise Unmeasurable(f"needs images of at least 11 pixels, the model's have {size}")
     if name == "resnet50_accuracy" and not classes:
-        raise IbmdError("the true classes are not known: give --labels FILE, or images in a folder for each class")
+        raise Unmeasurable("the true classes are not known: give --labels FILE, or images in a folder for each class")
 
 
 # ------------------------------------------------------------------------------------------------- parts, processes
