@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ibmd_cli.method.bridges import VPBridge, expand_to
-from ibmd_cli.method.distillation import Setup, Sources, ibmd, translate
+from ibmd_cli.method.distillation import Iterations, Setup, Sources, ibmd, translate
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.samplers import sample_teacher
 from ibmd_cli.training.optimise import Player, Schedule
@@ -106,7 +106,7 @@ def main() -> None:
     steps = ibmd(
         teacher, phi.model, theta.model, setup,
         sources=lambda rng: Sources(signals.draw(256, rng)[1]),
-        update_bridge=phi.update, update_student=theta.update, steps=args.steps, bridge_steps=5,
+        update_bridge=phi.update, update_student=theta.update, iterations=Iterations(args.steps, 5),
     )  # fmt: skip
 
     x_T = signals.draw(1, stream(args.seed, "test"))[1].expand(2000, -1, -1)

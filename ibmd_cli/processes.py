@@ -3,23 +3,32 @@
 PyTorch and Accelerate are imported only where several processes are started.
 """
 
-import ctypes
 import logging
 import os
+import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ibmd_cli.errors import UsageError
+from ibmd_cli.errors import IbmdError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
 AllGather = Callable[[Any], list[Any]]
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a program to end: Ctrl-C, the system, a terminal that is closed."""
+
+
+def end_as_ctrl_c_does() -> None:
+    """Have every signal that asks this program to end raise KeyboardInterrupt; one that is ignored (nohup) stays so."""
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def count_processes(processes: str, device: "torch.device") -> int:
@@ -33,7 +42,7 @@ def count_processes(processes: str, device: "torch.device") -> int:
     gpus = torch.cuda.device_count()
     if processes == "all" and not gpus:
         raise UsageError("--processes all: PyTorch sees no GPU; give a number, e.g. --processes 2")
-    if processes != "all" and not (processes.isdigit() and int(processes) > 0):
+    if processes != "all" and not (processes.isdecimal() and int(processes) > 0):
         raise UsageError(f"--processes {processes!r}: expected a number or all")
     count = gpus if processes == "all" else int(processes)
     if device.type == "cuda" and count > gpus:
@@ -46,6 +55,9 @@ def relaunch(count: int, arguments: list[str]) -> int:
 
     The launcher runs in this process, so that it passes on signals; the processes it starts find RANK in their
     environment and do not launch again.
+
+    Raises:
+        IbmdError: one of them was killed.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -61,6 +73,12 @@ def relaunch(count: int, arguments: list[str]) -> int:
     try:
         launch_command(launch_command_parser().parse_args([*options, "-m", "ibmd_cli", *arguments]))
     except ChildFailedError as error:
+        # The launcher ends the others with SIGTERM, and they may fail for want of the one that was killed.
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+                raise IbmdError(
+                    f"process {rank + 1} of {count} was killed (signal {-failure.exitcode}); the same command continues"
+                ) from None
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1
     except (SignalException, KeyboardInterrupt):
@@ -133,23 +151,3 @@ def connect() -> Iterator[AllGather]:
         yield all_gather
     finally:
         dist.destroy_process_group()
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's `mallopt`: free bytes at the end of a heap, of which −1 is any number, are given back; how many
-blocks may be mapped by themselves."""
-
-
-def keep_freed_memory() -> None:
-    """Have all freed memory kept for the next tensors, where it would be given back to the system.
-
-    Else the system maps and clears the pages of large tensors anew in each step.
-    """
-    _set(M_MMAP_MAX, 0)
-    _set(M_TRIM_THRESHOLD, -1)
-
-
-def _set(parameter: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(parameter, value)

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load
 from typer.testing import CliRunner
 
-import ibmd_cli.training.loop
 from ibmd_cli.cli import app
 from ibmd_cli.training.optimise import Player
 
@@ -26,19 +25,24 @@ def distill(*arguments: object) -> Any:
     return result
 
 
-def interrupt(monkeypatch: Any, arguments: list[object], step: int, number: int = signal.SIGTERM) -> None:
-    """Train, and get a signal in step `step` of this process."""
-    left = iter([False] * (step - 1) + [True])
+def interrupt(
+    monkeypatch: Any, arguments: list[object], step: int, number: int = signal.SIGTERM, player: str = "student"
+) -> Any:
+    """Train, and get a signal in update `step` of a player in this process."""
+    left, real = iter([False] * (step - 1) + [True]), Player.update
 
-    def agreed(_: object, interrupted: list[int]) -> bool:
-        if next(left, False):
+    def update(self: Player, number_of_step: int, compute: Callable[..., float]) -> float:
+        loss = real(self, number_of_step, compute)
+        if self.name == player and next(left, False):
             os.kill(os.getpid(), number)
             time.sleep(0.05)
-        return bool(interrupted)
+        return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(ibmd_cli.training.loop, "_agreed", agreed)
-        assert distill(*arguments).exit_code == 130
+        patch.setattr(Player, "update", update)
+        result = distill(*arguments)
+        assert result.exit_code == 130
+        return result
 
 
 def poison(monkeypatch: Any, wanted: Callable[[str, int], bool]) -> None:

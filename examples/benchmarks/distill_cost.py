@@ -37,6 +37,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,7 +53,7 @@ class Way:
         single_graph: the student's loss is one graph with gradients of all three networks.
         recompute: the student is run twice rather than keep its graph.
         loops: Adam and average go from tensor to tensor.
-        give_back: the C library gives freed memory back, rather than `heap.keep_freed_memory`.
+        keep_freed: the C library keeps all freed memory for the next tensors, rather than give large blocks back.
         micro_batches: parts of a batch.
         checkpointing: blocks of the networks are computed again.
         reuse: bridge-model updates that share images.
@@ -64,7 +65,7 @@ class Way:
     single_graph: bool = False
     recompute: bool = False
     loops: bool = False
-    give_back: bool = False
+    keep_freed: bool = False
     micro_batches: int = 1
     checkpointing: bool = False
     reuse: int = 1
@@ -72,16 +73,16 @@ class Way:
 
 
 ALL = Way()
-PLAIN = Way(plain_network=True, single_graph=True, loops=True, give_back=True)
+PLAIN = Way(plain_network=True, single_graph=True, loops=True)
 SIDES = {"emoji": 32, "adm": 64}
 """Height and width of an image."""
 WAYS = {
     "plain": PLAIN,
-    "plain, memory kept": replace(PLAIN, give_back=False),
+    "plain, memory kept": replace(PLAIN, keep_freed=True),
     "plain, our network": replace(PLAIN, plain_network=False, keep_all=True),
     "plain, leaf form": replace(PLAIN, single_graph=False, loops=False),
     "all": ALL,
-    "all but memory kept": replace(ALL, give_back=True),
+    "all, memory kept": replace(ALL, keep_freed=True),
     "all but lean layers": replace(ALL, keep_all=True),
     "all but our network": replace(ALL, plain_network=True),
     "all but leaf form": replace(ALL, single_graph=True, loops=True),
@@ -144,14 +145,15 @@ def measure(way: Way, case: str, batch: int, bridge_steps: int, device: str, thr
     from straightforward import ibmd as plainly
 
     from ibmd_cli.devices import forget_peak, peak_memory
-    from ibmd_cli.method.distillation import Setup, Sources, ibmd
+    from ibmd_cli.method.distillation import Iterations, Setup, Sources, generate, ibmd
     from ibmd_cli.method.noise import Streams, randn
-    from ibmd_cli.processes import keep_freed_memory
     from ibmd_cli.training.optimise import Player, Schedule
+    from ibmd_cli.training.reuse import SharedImages
 
     torch.set_num_threads(threads)
-    if not way.give_back:
-        keep_freed_memory()
+    if way.keep_freed:  # by glibc's mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, -1)
     torch.manual_seed(0)
     models = networks(case)
     setup = Setup(models[0].bridge, models[0].weight, (models[0].bridge.T,), noise_shape=(3, 4, 4))
@@ -202,9 +204,16 @@ def measure(way: Way, case: str, batch: int, bridge_steps: int, device: str, thr
             return watched
 
         def run(bridge_steps: int) -> None:
+            iterations = Iterations(1, bridge_steps)
+            images = SharedImages(partial(generate, theta.model, setup, sources), phi, iterations, way.reuse)
+
+            def update_bridge(step: int, compute: Callable[..., torch.Tensor]) -> float:
+                images.begin(step, 0)
+                return update(phi)(step, compute)
+
             steps = ibmd(
-                teacher, phi.model, theta.model, setup, sources, update(phi), update(theta),
-                steps=1, bridge_steps=bridge_steps, recompute=way.recompute, reuse=way.reuse,
+                teacher, phi.model, theta.model, setup, sources, update_bridge, update(theta), iterations,
+                images=images if way.reuse > 1 else None, recompute=way.recompute,
             )  # fmt: skip
             list(steps)
 

@@ -6,7 +6,6 @@ stdout carries results alone; progress, notes, warnings and errors go to stderr.
 
 import errno
 import os
-import signal
 import sys
 from contextlib import suppress
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from ibmd_cli.cli import distill, evaluate, export, sample
 from ibmd_cli.cli.commands import app
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.processes import Process, this_process
+from ibmd_cli.processes import Process, end_as_ctrl_c_does, this_process
 from ibmd_cli.reporting import Reporter, accept_any_text, is_plain
 
 __all__ = ["app", "distill", "evaluate", "export", "main", "sample"]
@@ -26,9 +25,7 @@ def main() -> None:
     reporter = Reporter()
     if is_plain(sys.stdout):
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # Typer writes escape codes where GITHUB_ACTIONS is set
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-            signal.signal(number, signal.default_int_handler)  # as Ctrl-C: exit code 130, no temporary file
+    end_as_ctrl_c_does()  # exit code 130, no temporary file
     try:
         app()
     except IbmdError as error:

@@ -25,6 +25,7 @@ from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.images.find import named_path
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import Streams, stream, uniform
+from ibmd_cli.processes import STOPPING
 from ibmd_cli.reporting import Reporter
 
 LARGEST_BROKEN_SHARE = 0.01
@@ -177,8 +178,8 @@ def read_all(reader: Reader, threads: int, reporter: Reporter) -> Batch:
 
 def _prepare_worker(_: int) -> None:
     """Leave it to the training process to end the workers: it finishes its step when it is interrupted."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class SourceImages:

@@ -32,6 +32,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from ibmd_cli.devices import single_threaded
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.export.exported import INPUTS, METADATA, Draw, ExportedStudent, check
+from ibmd_cli.method.distillation import Sources, run_steps
 from ibmd_cli.method.noise import stream
 from ibmd_cli.models.interface import describe, noise_shapes
 from ibmd_cli.models.model import DTYPES, Student
@@ -75,17 +76,17 @@ class Unrolled(nn.Module):
             shapes = noise_shapes(self.student, x_T.shape[1:])
             drawn = {name: torch.randn(x_T.shape[0], *shape) for name, shape in shapes.items()}
             z, eps = drawn.get("z"), drawn.get("eps")
-        z_parts = [None] * len(times) if z is None else z.chunk(len(times), dim=1)
-        eps_parts = [x_T] * len(times) if eps is None else eps.chunk(len(times) - 1, dim=1)  # x_T: not read
-        x_t = x_T
-        for n, t in enumerate(times):
-            x_0 = self.predictor(x_t, t, x_T, z_parts[n], label=label)
-            if mask is not None:
-                x_0 = mask * x_0 + (1 - mask) * x_T
-            if n + 1 < len(times) and setup.transition == "posterior":
-                x_t = setup.bridge.posterior(x_0, x_t, times[n + 1], t, eps_parts[n])
-            elif n + 1 < len(times):
-                x_t = setup.bridge.sample(x_0, x_T, times[n + 1], eps_parts[n])
+        parts_of_z = iter([None] * len(times) if z is None else z.chunk(len(times), dim=1))
+        # Without eps the bridge is free of noise: what is given in its place is not read.
+        parts_of_eps = iter([x_T] * len(times) if eps is None else eps.chunk(len(times) - 1, dim=1))
+        *_, x_0 = run_steps(
+            self.predictor,
+            setup,
+            Sources(x_T, label, mask),
+            times,
+            lambda: next(parts_of_z),
+            lambda: next(parts_of_eps),
+        )
         x_0 = x_0.clamp(-1, 1)
         return (x_0, *drawn.values()) if drawn else x_0
 

@@ -10,7 +10,7 @@ predictors ignore their x_T: nothing else changes. (The bridge model is the "fak
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,8 +80,48 @@ class Setup:
     transition: str = "marginal"
 
 
+@dataclass(frozen=True)
+class Iterations:
+    """How often each player moves, and what was done before.
+
+    Attributes:
+        steps: K, student iterations.
+        bridge_steps: L, bridge-model iterations before each of them.
+        bridge_warmup: further bridge-model iterations before the first student iteration.
+            Differs from the paper (0): the student's first steps then follow a bridge model that fits it.
+        start: student iterations that are done already.
+        bridge_start: bridge-model iterations that are done already, those before student iteration `start` included.
+    """
+
+    steps: int
+    bridge_steps: int
+    bridge_warmup: int = 0
+    start: int = 0
+    bridge_start: int = 0
+
+    def of_student(self) -> range:
+        """Return the numbers k of the student iterations to be made."""
+        return range(self.start, self.steps)
+
+    def of_bridge_model(self, k: int) -> range:
+        """Return the numbers l of the bridge-model iterations to be made before student iteration k."""
+        return range(max(self.first(k), self.bridge_start), self.first(k + 1))
+
+    def first(self, k: int) -> int:
+        """Return the number of the first bridge-model iteration before student iteration k."""
+        return self.bridge_warmup + k * self.bridge_steps if k else 0
+
+    def maker(self, l: int, k: int, reuse: int) -> int:  # noqa: E741
+        """Return the number of the iteration whose images iteration l sees, if `reuse` in a row share theirs."""
+        return l - (l - self.first(k)) % reuse
+
+
 class Step(NamedTuple):
-    """What one student iteration k (from 0) reports. `student_loss` may be negative: it is a difference."""
+    """What student iteration k (from 0) reports.
+
+    `bridge_loss` is that of the last bridge-model iteration before it, NaN if it was made before `Iterations.start`.
+    `student_loss` may be negative: it is a difference.
+    """
 
     k: int
     bridge_loss: float
@@ -96,15 +136,12 @@ def ibmd(
     sources: Callable[[Streams], Sources],
     update_bridge: Callable[[int, Callable[..., Tensor]], float],
     update_student: Callable[[int, Callable[..., Tensor]], float],
+    iterations: Iterations,
     *,
-    steps: int,
-    bridge_steps: int,
-    bridge_warmup: int = 0,
-    start: int = 0,
+    images: Callable[[Streams], Pair] | None = None,
     recompute: bool = True,
-    reuse: int = 1,
 ) -> Iterator[Step]:
-    """Run Algorithm 1 from student iteration `start` to `steps`, yielding after each.
+    """Run Algorithm 1, yielding after each student iteration.
 
     Args:
         teacher: x̂*_0, frozen.
@@ -116,56 +153,39 @@ def ibmd(
             the loss and its gradient with a random stream, and may call it several times (gradient accumulation).
             The loss stays on its device: reading it would make the host wait.
         update_student: the same for θ.
-        steps: K, student iterations.
-        bridge_steps: L, bridge-model iterations before each of them.
-        bridge_warmup: further bridge-model iterations before the first student iteration.
-            Differs from the paper (0): the student's first steps then follow a bridge model that fits it.
-        start: the student iteration to continue from.
+        iterations: K, L, and where to begin.
+        images: makes what φ learns from, with the given random stream; None for new images each time (`generate`).
         recompute: run the student a second time in place of keeping its graph (less memory, more time).
-        reuse: bridge-model iterations that see the same images of the student, each with new times and noise.
-            Differs from the paper (1): the student is run less often, for images that vary less.
 
     Yields:
         A `Step` after each student iteration; EMA, logs and checkpoints are the caller's business.
 
     Source: arXiv:2502.01362v2, Algorithm 1.
     """
-    made: list[Pair] = []  # by the student, for the iterations of φ that share images; one for each micro-batch
+    images = images or partial(generate, student, setup, sources)
 
-    def phi(earlier: Iterator[Pair], rng: Streams, backward: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
-        pair = next(earlier, None)
-        if pair is None:
-            batch = sources(rng)
-            with torch.no_grad():
-                pair = Pair(batch, rollout(student, setup, batch, rng))
-            if reuse > 1:
-                made.append(pair)
-        loss = bridge_loss(bridge_model, setup, pair.x_0, pair.batch, rng)
+    def loss_of_bridge_model(rng: Streams, backward: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
+        batch, x_0 = images(rng)
+        loss = bridge_loss(bridge_model, setup, x_0, batch, rng)
         backward(loss)
         return loss.detach()
 
-    def theta(rng: Streams, backward: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
-        batch = sources(rng)
-        return student_step(teacher, bridge_model, student, setup, batch, rng, backward, recompute)
+    def loss_of_student(rng: Streams, backward: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
+        return student_gradient(teacher, bridge_model, student, setup, sources(rng), rng, backward, recompute)
 
     loss_phi = math.nan
-    for k in range(start, steps):
-        for l, fresh in bridge_iterations(k, bridge_steps, bridge_warmup, reuse):  # noqa: E741 (the paper's letter)
-            if fresh:
-                made.clear()
-            loss_phi = update_bridge(l, partial(phi, iter(tuple(made))))
-        loss_theta = update_student(k, theta)
+    for k in iterations.of_student():
+        for l in iterations.of_bridge_model(k):  # noqa: E741 (the paper's letter)
+            loss_phi = update_bridge(l, loss_of_bridge_model)
+        loss_theta = update_student(k, loss_of_student)
         yield Step(k, loss_phi, loss_theta)
 
 
-def bridge_iterations(k: int, bridge_steps: int, warmup: int = 0, reuse: int = 1) -> Iterator[tuple[int, bool]]:
-    """Yield the numbers of the bridge-model iterations before student iteration `k`: see `ibmd`.
-
-    Each comes with whether it has the student make images: those are shared within a student iteration alone.
-    """
-    first = warmup + k * bridge_steps if k else 0
-    for l in range(first, warmup + (k + 1) * bridge_steps):  # noqa: E741
-        yield l, (l - first) % reuse == 0
+def generate(student: Denoiser, setup: Setup, sources: Callable[[Streams], Sources], rng: Streams) -> Pair:
+    """Draw sources x_T, and make x_0 = G_θ(x_T, z) of them, without a graph."""
+    batch = sources(rng)
+    with torch.no_grad():
+        return Pair(batch, rollout(student, setup, batch, rng))
 
 
 def bridge_loss(predictor: Denoiser, setup: Setup, x_0: Tensor, batch: Sources, rng: Streams) -> Tensor:
@@ -187,14 +207,14 @@ def student_loss(
     batch: Sources,
     rng: Streams,
 ) -> Tensor:
-    """The student's loss, Eq. (10), in one graph. `student_step` computes the same gradient in less memory."""
+    """Return the student's loss, Eq. (10), in one graph: its definition. Training uses `student_gradient`."""
     x_0 = rollout(student, setup, batch, rng)
     t, eps = draw_time(setup, x_0, rng)  # one draw for both terms
     star = weighted_error(teacher, setup, x_0, batch, t, eps)
     return star - weighted_error(bridge_model, setup, x_0, batch, t, eps)
 
 
-def student_step(
+def student_gradient(
     teacher: Denoiser,
     bridge_model: nn.Module,
     student: Denoiser,
@@ -204,7 +224,7 @@ def student_step(
     backward: Callable[[Tensor], None] = Tensor.backward,
     recompute: bool = True,
 ) -> Tensor:
-    """Add the gradient of `student_loss` to the student's parameters; return the loss, without a graph.
+    """Add the gradient of `student_loss` to the student's parameters, in less memory; return the loss, without a graph.
 
     The loss depends on θ through x_0 alone. So the two terms are differentiated one after the other down to a leaf
     copy of x_0, with φ frozen: one critic's graph is alive at a time, and no weight gradient of a critic is formed.
@@ -229,7 +249,7 @@ def student_step(
 
 
 def weighted_error(predictor: Denoiser, setup: Setup, x_0: Tensor, batch: Sources, t: Tensor, eps: Tensor) -> Tensor:
-    """λ(t) ‖x̂_0(x_t, t, x_T) − x_0‖² at x_t ~ q(x_t | x_0, x_T), differentiable in x_0 through both places."""
+    """λ(t) ‖x̂_0(x_t, t, x_T) − x_0‖² at x_t ~ q(x_t | x_0, x_T), differentiable in x_0, also through x_t."""
     x_t = setup.bridge.sample(x_0, batch.x_T, t, eps)  # never detached: Eq. (10) is differentiated through x_t
     error = (predictor(x_t, t, batch.x_T, label=batch.label) - x_0) ** 2
     if batch.mask is not None:
@@ -253,25 +273,46 @@ def rollout(student: Denoiser, setup: Setup, batch: Sources, rng: Streams) -> Te
 
 
 def translate(student: Denoiser, setup: Setup, batch: Sources, rng: Streams) -> Iterator[Tensor]:
-    """Yield the student's x̃_0 after each of its N calls, as at inference.
+    """Yield the student's x̃_0 after each of its N calls, with noise of its own, as at inference; see `run_steps`."""
+    ones = torch.ones(len(batch.x_T), device=batch.x_T.device)
+    times = [t_n * ones for t_n in setup.timesteps]
+    return run_steps(
+        student, setup, batch, times, lambda: draw_z(setup, batch.x_T, rng), lambda: noise_like(batch.x_T, rng)
+    )
+
+
+def run_steps(
+    student: Denoiser,
+    setup: Setup,
+    batch: Sources,
+    times: Sequence[Tensor],
+    z: Callable[[], Tensor | None],
+    eps: Callable[[], Tensor],
+) -> Iterator[Tensor]:
+    """Yield the student's x̃_0 after each of its N calls.
 
     x̃_0 = G_θ(x_{t_n}, t_n, x_T, z), then x_{t_{n−1}} is drawn given x̃_0, and so on. Known pixels are kept from x_T.
+
+    Args:
+        student: G_θ.
+        setup: the bridge, and how x_{t_{n−1}} is drawn.
+        batch: x_T (B, C, H, W), with label and mask.
+        times: t_N > … > t_1, each (B,), or (1,) for all images.
+        z: gives the noise of the next call (B, C_z, h, w), or None.
+        eps: gives the noise of the next step between two calls (B, C, H, W).
 
     Source: arXiv:2502.01362v2, Sec. 3.5.
     """
     x_T = x_t = batch.x_T
-    ones = torch.ones(len(x_T), device=x_T.device)
-    for n, t_n in enumerate(setup.timesteps):
-        x_0 = student(x_t, t_n * ones, x_T, draw_z(setup, x_T, rng), label=batch.label)
+    for n, t in enumerate(times):
+        x_0 = student(x_t, t, x_T, z(), label=batch.label)
         if batch.mask is not None:
             x_0 = batch.mask * x_0 + (1 - batch.mask) * x_T
         yield x_0
-        if n + 1 < len(setup.timesteps):
-            t_next, eps = setup.timesteps[n + 1], noise_like(x_T, rng)
-            if setup.transition == "posterior":
-                x_t = setup.bridge.posterior(x_0, x_t, t_next * ones, t_n * ones, eps)
-            else:
-                x_t = setup.bridge.sample(x_0, x_T, t_next * ones, eps)
+        if n + 1 < len(times) and setup.transition == "posterior":
+            x_t = setup.bridge.posterior(x_0, x_t, times[n + 1], t, eps())
+        elif n + 1 < len(times):
+            x_t = setup.bridge.sample(x_0, x_T, times[n + 1], eps())
 
 
 def draw_time(setup: Setup, x_0: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,9 @@ def student_card(
         f"{config['task']}, in {_count(student.nfe, 'network evaluation')} per image. A student of {teacher['link']}, "
         "made by Inverse Bridge Matching Distillation ([arXiv:2502.01362](https://arxiv.org/abs/2502.01362)) "
         f"with ibmd {config['ibmd_version']}.",
+        "**Nothing was learnt**: every update was skipped, so these are the weights that the training began with."
+        if config["training"].get("untrained")
+        else "",
         f"![Sources, teacher, student]({GRID})" if grid else "",
         _table(("", ""), _facts(student, teacher).items()),
         f"## Use\n\n{_examples(student, reference)}",

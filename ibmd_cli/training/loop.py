@@ -1,17 +1,17 @@
 """`ibmd distill`: a run of Algorithm 1 on Accelerate, with its folder, previews, checkpoints and resume.
 
 A run folder holds `config.json`, `metrics.jsonl`, `run.html`, `previews/`, `checkpoints/step-NNNNNN/` (all that
-training needs) and `student/` (all that the other commands need). Every random number belongs to a place in the run
+training needs) and `student/` (all that the other commands need). Every random number belongs to an update of the run
 (`stream`), so a checkpoint holds weights, optimisers and counts, and a resumed run equals an uninterrupted one.
 """
 
 import copy
 import math
 import os
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,38 +20,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from torch import Tensor
 
-from ibmd_cli import __version__
 from ibmd_cli.data.sources import SourceImages, count_workers, usual_fit
-from ibmd_cli.devices import forget_peak, free_memory, peak_memory, tune
-from ibmd_cli.errors import UsageError
-from ibmd_cli.files import atomic_file, read_json
-from ibmd_cli.images.fit import to_uint8
-from ibmd_cli.images.grids import labelled_grid
-from ibmd_cli.method.distillation import Setup, Sources, bridge_iterations, bridge_loss, ibmd, rollout, student_step
-from ibmd_cli.method.noise import BatchStreams, Streams, stream
-from ibmd_cli.metrics.scores import diversity
-from ibmd_cli.models.folder import load_student
-from ibmd_cli.models.model import Model, Student, Teacher, make_setup, student_times
+from ibmd_cli.devices import peak_memory, tune
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.files import read_json
+from ibmd_cli.method.distillation import Iterations, Sources, Step, generate, ibmd
+from ibmd_cli.method.noise import Streams
+from ibmd_cli.models.model import Student, Teacher, make_setup
 from ibmd_cli.models.teachers import TeacherRef, load_teacher
 from ibmd_cli.networks.predictor import Predictor
-from ibmd_cli.processes import keep_freed_memory, this_process
-from ibmd_cli.reporting import Reporter
-from ibmd_cli.training.config import AUTO, DistillConfig, to_json
+from ibmd_cli.processes import this_process
+from ibmd_cli.reporting import Meter, Reporter
+from ibmd_cli.settings import to_json
+from ibmd_cli.training.config import AUTO, DistillConfig
 from ibmd_cli.training.fsdp import split
 from ibmd_cli.training.log import Watch, read_log
-from ibmd_cli.training.memory import GIB, SHARE_OF_FREE, largest_micro_batch
+from ibmd_cli.training.memory import fitting_micro_batch
+from ibmd_cli.training.new_student import new_student
 from ibmd_cli.training.optimise import Player, Schedule
 from ibmd_cli.training.page import run_page, write_page
-from ibmd_cli.training.run_folder import Run, open_run
-
-PREVIEWS = 8
-"""Sources of a preview."""
-VARIANTS = 4
-"""Draws of z for each of them, from which diversity is computed."""
-TEACHER_CALLS = 10
-MOST_CALLS = 100
-"""Of the teacher, for the preview: the published ones are sampled in up to 999."""
+from ibmd_cli.training.preview import Preview
+from ibmd_cli.training.reuse import SharedImages
+from ibmd_cli.training.run_folder import Position, Run, check_run, open_run, writing
+from ibmd_cli.training.signals import interrupts
 
 
 def distill(
@@ -73,8 +66,9 @@ def distill(
 
     Raises:
         UsageError: settings that do not go together, or a folder that holds another run.
-        IbmdError: losses or gradients that stay not finite, a checkpoint that cannot be written, unreadable data.
-        KeyboardInterrupt: after SIGINT or SIGTERM, when the step is finished and a checkpoint is written.
+        IbmdError: losses or gradients that stay not finite, a checkpoint that cannot be written, unreadable data, or no
+            update of the student that was made.
+        KeyboardInterrupt: after SIGINT, SIGTERM or SIGHUP, when the update is finished and a checkpoint is written.
     """
     process = this_process()
     if process.count > 1 and not process.connected:
@@ -82,33 +76,32 @@ def distill(
             f"WORLD_SIZE={process.count} without MASTER_ADDR: start them with --processes {process.count}, torchrun or "
             "accelerate launch; or unset RANK and WORLD_SIZE"
         )
+    if process.rank == 0:
+        check_run(out, config, resume)
     accelerator = _accelerator(config, out, device)
+    _check_processes(config, accelerator.num_processes)
     reporter = reporter if accelerator.is_main_process else Reporter(quiet=True)
-    share, rest = divmod(config.batch_size, accelerator.num_processes)
-    micro_batch = 1 if config.micro_batch == AUTO else int(config.micro_batch) or share
-    if rest or share % micro_batch:
-        raise UsageError(
-            f"--batch-size {config.batch_size} is not a multiple of {accelerator.num_processes} process(es) × "
-            f"--micro-batch {micro_batch}: choose a multiple"
-        )
-    if config.fsdp and accelerator.num_processes == 1:
-        raise UsageError("--fsdp splits the networks over several processes, and there is one: add --processes N")
     ref = TeacherRef(config.teacher, config.preset, config.head_channels, config.attention_order)
     teacher = load_teacher(ref, quiet=reporter.quiet)
-    degradation = "" if config.degrade == "none" else config.degrade
-    workers = count_workers(config.workers, this_process().local_count)
+    student = new_student(config, teacher)
     sources = SourceImages(
-        config.data, teacher.config, reporter, degradation, config.masks,
-        layout=config.layout, labels=config.labels, workers=workers, fit=_fit(config, out),
-    )  # fmt: skip
+        config.data,
+        teacher.config,
+        reporter,
+        "" if config.degrade == "none" else config.degrade,
+        config.masks,
+        layout=config.layout,
+        labels=config.labels,
+        workers=count_workers(config.workers, process.local_count),
+        fit=_fit(config, out),
+    )
     for line in sources.describe():
         reporter.note(line)
-    student = _new_student(config, teacher)
     inputs = {config.teacher: f"sha256 {student.config['teacher']['sha256']}", **sources.inputs}
-    hold = open_run(out, config, origins, resume, accelerator.num_processes, inputs)
+    hold = open_run(out, config, origins, accelerator.num_processes, inputs)
     with hold if accelerator.is_main_process else nullcontext(), closing(sources):
         accelerator.wait_for_everyone()
-        _train(config, out, resume, teacher, student, sources, accelerator, reporter)
+        Training(config, out, teacher, student, sources, accelerator, reporter).run(resume)
     return out / "student"
 
 
@@ -118,6 +111,18 @@ def _fit(config: DistillConfig, out: Path) -> str:
     if not config.fit and file.is_file() and "fit" not in read_json(file).get("settings", {}):
         return "published"
     return config.fit or usual_fit(config.layout, config.degrade)
+
+
+def _check_processes(config: DistillConfig, processes: int) -> None:
+    share, rest = divmod(config.batch_size, processes)
+    micro_batch = 1 if config.micro_batch == AUTO else int(config.micro_batch) or share
+    if rest or share % micro_batch:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is not a multiple of {processes} process(es) × "
+            f"--micro-batch {micro_batch}: choose a multiple"
+        )
+    if config.fsdp and processes == 1:
+        raise UsageError("--fsdp splits the networks over several processes, and there is one: add --processes N")
 
 
 def _accelerator(config: DistillConfig, out: Path, device: torch.device) -> Accelerator:
@@ -133,8 +138,6 @@ def _accelerator(config: DistillConfig, out: Path, device: torch.device) -> Acce
     if device.type == "cuda" and device.index is not None and not this_process().launched:
         torch.cuda.set_device(device)  # the one that Accelerate takes
     tune(device)
-    if device.type == "cpu":
-        keep_freed_memory()
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no" if config.precision == "fp32" else config.precision,
@@ -144,306 +147,280 @@ def _accelerator(config: DistillConfig, out: Path, device: torch.device) -> Acce
     )
 
 
-def _train(
-    config: DistillConfig,
-    out: Path,
-    resume: str,
-    teacher: Teacher,
-    student: Student,
-    sources: SourceImages,
-    accelerator: Accelerator,
-    reporter: Reporter,
-) -> None:
-    """Train from where the run folder `out` stands to the end."""
-    main = accelerator.is_main_process
-    where = f"{accelerator.device}" + (f" × {accelerator.num_processes}" if accelerator.num_processes > 1 else "")
-    reporter.note(f"distilling {config.teacher} into {out} on {where}")
-    if accelerator.num_processes == 1 and torch.cuda.device_count() > 1 and accelerator.device.type == "cuda":
-        reporter.note(f"{torch.cuda.device_count()} GPUs are here and one is used; --processes all uses them all")
-    torch.manual_seed(config.seed)
-    teacher.to(accelerator.device).predictor.requires_grad_(False)
-    bridge_model = copy.deepcopy(teacher.predictor).requires_grad_(True)
-    student.predictor.to(accelerator.device).requires_grad_(True)
-    for predictor in (teacher.predictor, bridge_model, student.predictor):
-        predictor.backbone.gradient_checkpointing = config.checkpointing
-    # Dropout stays off (eval mode): student and bridge model must agree with the teacher at the start.
-    setup = make_setup(
-        student.predictor, student.config["sampling"], config.t_power, config.t_even, config.weight_power
-    )
-    share = config.batch_size // accelerator.num_processes
-    if config.micro_batch == AUTO:
+class Training:
+    """A run at work: its players, its folder, and what is done after each update.
+
+    Args:
+        config: the settings.
+        out: the run folder, which is held.
+        teacher: x̂*_0.
+        student: at its start.
+        sources: images to train on.
+        accelerator: device, precision, processes.
+        reporter: for notes and progress.
+
+    Attributes:
+        at: how far the run is.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        out: Path,
+        teacher: Teacher,
+        student: Student,
+        sources: SourceImages,
+        accelerator: Accelerator,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.out, self.sources, self.reporter = config, out, sources, reporter
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        self._say_where()
+        torch.manual_seed(config.seed)
+        self.teacher, self.student = teacher, student
+        teacher.to(accelerator.device).predictor.requires_grad_(False)
+        bridge_model = copy.deepcopy(teacher.predictor).requires_grad_(True)
+        student.predictor.to(accelerator.device).requires_grad_(True)
         networks = (teacher.predictor, bridge_model, student.predictor)
-        last = [line.get("micro_batch", 0) for line in read_log(out)][-1:]
-        accelerator.wait_for_everyone()
-        if last and last[0] and share % last[0] == 0:
-            micro_batch = last[0]  # sums in another order would differ in their last bits
-        else:
-            micro_batch = _fitting_micro_batch(config, share, networks, setup, sources, accelerator, reporter)
-    else:
-        micro_batch = int(config.micro_batch) or share
-    player = partial(
-        Player,
-        accelerator=accelerator,
-        seed=config.seed,
-        betas=config.betas,
-        micro_batches=share // micro_batch,
-        micro_batch=micro_batch,
-        split=config.fsdp,
-    )
-    phi = player(
-        "bridge_model",
-        bridge_model,
-        schedule=Schedule(config.bridge_lr, 0, config.lr_decay),
-        steps=config.bridge_warmup + config.steps * config.bridge_steps,
-    )
-    theta = player(
-        "student",
-        student.predictor,
-        schedule=Schedule(config.lr, config.lr_warmup, config.lr_decay),
-        steps=config.steps,
-        clip=config.clip or None,
-        ema=config.ema,
-    )
-    if config.compile:  # after their copies were made, and in place: names of parameters stay
-        for predictor in (teacher.predictor, bridge_model, student.predictor):
-            predictor.backbone.compile()
-    run = Run(out, {"student": theta, "bridge_model": phi}, student, config.keep, accelerator.scaler, writes=main)
-    start, spent = run.restore(resume, reporter)
-    watch = Watch(config.steps, run.trim_log(start) if main else ())
-    if start:
-        run.mend_student(start, reporter)
-    accelerator.wait_for_everyone()
-    if start >= config.steps:
-        if main:
-            write_page(out, "finished")
-        reporter.note(f"{out}: complete ({start} student updates); to train anew, give another --out")
-        return
-
-    sources.expect(micro_batch, _coming_streams(config, start, phi, theta))
-
-    def draw(rng: Streams) -> Sources:
-        return sources.batch(micro_batch, rng, config.flip, accelerator.device)
-
-    preview = Preview(sources, teacher, config.seed, accelerator.device) if main else None
-    if start == 0:
-        average = theta.averaged()
-        if preview:
-            preview.save(out / "previews" / "step-000000.png", student, average)
-        del average
-    if config.fsdp:
-        split(teacher.predictor)
-    x0_star = accelerator.prepare_model(teacher.predictor, evaluation_mode=True)
-    steps = ibmd(
-        x0_star, phi.model, theta.model, setup, draw, phi.update, theta.update,
-        steps=config.steps, bridge_steps=config.bridge_steps, bridge_warmup=config.bridge_warmup,
-        start=start, recompute=config.recompute, reuse=config.reuse,
-    )  # fmt: skip
-    warmup, images = config.bridge_warmup * config.batch_size, config.batch_size * (config.bridge_steps + 1)
-    began = time.monotonic()
-    with (
-        run_page(out) if main else nullcontext(),
-        _tracking(accelerator, config, out, start),
-        interrupts() as interrupted,
-        run.naming_checkpoint(),
-        reporter.progress("distilling", config.steps, "step", start) as meter,
-    ):
-        for step in steps:
-            k, seconds = step.k + 1, spent + time.monotonic() - began
-            losses = {"bridge_loss": step.bridge_loss, "student_loss": step.student_loss}
-            done = {"images": warmup + k * images, "seconds": seconds}
-            rate = done["images"] / seconds
-            meter.advance(1, **{name: f"{v:.4f}" for name, v in losses.items()}, images_per_second=f"{rate:.0f}")
-            stop = _agreed(accelerator, interrupted)
-            line: dict[str, Any] = {"step": k, **{name: v if math.isfinite(v) else None for name, v in losses.items()}}
-            line |= {"lr": theta.schedule(step.k, config.steps), **done, "images_per_second": rate}
-            line |= {"micro_batch": micro_batch, "peak_memory_bytes": peak_memory(accelerator.device)}
-            line |= {"skipped": phi.skipped + theta.skipped, "broken_images": len(sources.broken)}
-            show = k % config.preview_every == 0 or k == config.steps
-            save = stop or k % config.checkpoint_every == 0 or k == config.steps
-            if show:
-                average = theta.averaged()
-                if preview:
-                    line |= preview.save(out / "previews" / f"step-{k:06d}.png", student, average)
-                del average
-            if main:
-                line |= watch.look(line)
-                for warning in line.get("warnings", []):
-                    reporter.warn(warning)
-                run.log(line)
-                accelerator.log({name: v for name, v in line.items() if isinstance(v, int | float)}, step=k)
-            if save:
-                run.save(k, seconds)
-                accelerator.wait_for_everyone()
-            if main and (show or save):
-                write_page(out, "running")
-            if stop and k < config.steps:
-                reporter.note(f"interrupted after step {k}; the same command continues from here")
-                raise KeyboardInterrupt
-    accelerator.end_training()
-
-
-def _coming_streams(config: DistillConfig, start: int, phi: Player, theta: Player) -> Iterator[Streams]:
-    """Yield copies of the random streams of all coming batches, in the order in which `ibmd` draws them."""
-    for k in range(start, config.steps):
-        for l, fresh in bridge_iterations(k, config.bridge_steps, config.bridge_warmup, config.reuse):  # noqa: E741
-            if fresh:
-                yield from (phi.streams(l, micro) for micro in range(phi.micro_batches))
-        yield from (theta.streams(k, micro) for micro in range(theta.micro_batches))
-
-
-@contextmanager
-def _tracking(accelerator: Accelerator, config: DistillConfig, out: Path, start: int) -> Iterator[None]:
-    """Send the log to the tracker of `--track`, if any, too; one that continues replaces the steps after `start`."""
-    settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in to_json(config).items()}
-    options = {"tensorboard": {"purge_step": start + 1}, "wandb": {"name": out.name, "dir": str(out)}}
-    accelerator.init_trackers("ibmd", settings, options)
-    try:
-        yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-
-
-def _fitting_micro_batch(
-    config: DistillConfig,
-    share: int,
-    networks: tuple[Predictor, Predictor, Predictor],
-    setup: Setup,
-    sources: SourceImages,
-    accelerator: Accelerator,
-    reporter: Reporter,
-) -> int:
-    """Find the micro-batch of `--micro-batch auto`, the same in all processes; weights stay as they are."""
-    teacher, bridge_model, student = networks
-    device = accelerator.device
-    sharers = 1 if device.type == "cuda" else this_process().local_count
-    limit = config.memory * GIB or SHARE_OF_FREE * free_memory(device) / sharers
-    learning = [*bridge_model.parameters(), *student.parameters()]
-    gradients = sum(p.nbytes for p in learning)
-    later = 2 * gradients + sum(p.nbytes for p in student.parameters())  # Adam's moments, the average
-    forget_peak(device)
-    start = peak_memory(device)
-
-    def attempt(images: int) -> int:
-        rng = BatchStreams(range(images), config.seed, "micro-batch")
-        batch = sources.batch(images, rng, config.flip, device)
-        with accelerator.autocast():
-            with torch.no_grad():
-                x_0 = rollout(student, setup, batch, rng)
-            bridge_loss(bridge_model, setup, x_0, batch, rng).backward()
-            student_step(teacher, bridge_model, student, setup, batch, rng, recompute=config.recompute)
-        return peak_memory(device) - start + later
-
-    found = largest_micro_batch(share, limit, gradients + later, attempt)
-    for p in learning:
-        p.grad = None
-    torch.cuda.empty_cache()  # of an attempt that did not fit
-    found = int(accelerator.gather(torch.tensor([found], device=device)).min())
-    reporter.note(f"--micro-batch auto: {found} of {share} images at a time, in {limit / GIB:.3g} GiB")
-    return found
-
-
-def _new_student(config: DistillConfig, teacher: Model) -> Student:
-    """Make a student of the teacher's weights; those for z are zero or small (arXiv:2502.01362v2, App. B).
-
-    Differs from the paper: with `init`, of the weights of a student, e.g. one of fewer steps.
-    """
-    bridge = teacher.predictor.bridge
-    channels = config.noise_channels if config.noise else 0
-    rng = stream(config.seed, "noise weights")
-    predictor = copy.deepcopy(teacher.predictor)
-    if channels:
-        predictor = predictor.widen(channels, config.noise_init, rng)
-    noise = {"channels": channels, "grid": config.noise_grid or teacher.image_size}
-    if config.init:
-        first = load_student(config.init)
-        have, want = (
-            {**model.to_dict(), "noise": settings}
-            for model, settings in ((first.predictor, first.config["sampling"]["noise"]), (predictor, noise))
+        for predictor in networks:
+            predictor.backbone.gradient_checkpointing = config.checkpointing
+        # Dropout stays off (eval mode): student and bridge model must agree with the teacher at the start.
+        self.setup = make_setup(
+            student.predictor, student.config["sampling"], config.t_power, config.t_even, config.weight_power
         )
-        if wrong := [f"{key}: {have[key]} there, {want[key]} here" for key in want if have[key] != want[key]]:
-            raise UsageError(f"--init {config.init}: another kind of student ({'; '.join(wrong)})")
-        predictor = first.predictor
-    chained = bridge.to_dict()["kind"] == "i2sb"
-    shared = ("network", "bridge", "preconditioning", "conditional", "noise_channels")
-    inherited = ("task", "image", "classes", "mask", "degradation", "licence")
-    settings = {
-        "format": "ibmd-student",
-        "format_version": 1,
-        "ibmd_version": __version__,
-        "name": f"{teacher.name}-{config.nfe}step",
-        **{key: predictor.to_dict()[key] for key in shared},
-        **{key: teacher.config.get(key) for key in inherited},
-        "sampling": {
-            "timesteps": student_times(bridge, config.nfe, config.timesteps),
-            "noise": noise,
-            "rollout": "chain" if chained else "random-step",
-            "transition": "posterior" if chained else "marginal",
-        },
-        "teacher": {"reference": config.teacher, "sha256": teacher.digest()},
-        "training": to_json(config),
-    }
-    return Student(predictor, settings)
+        self.micro_batch = self._choose_micro_batch(networks)
+        self.phi, self.theta = self._players(bridge_model, student.predictor)
+        if config.compile:  # after their copies were made, and in place: names of parameters stay
+            for predictor in networks:
+                predictor.backbone.compile()
+        players = {"student": self.theta, "bridge_model": self.phi}
+        self.folder = Run(out, players, student, config.keep, accelerator.scaler, writes=self.main)
+        self.at = Position()
+        self.interrupted: list[int] = []
 
+    def run(self, resume: str) -> None:
+        """Train from where the run folder stands to the end."""
+        config, folder = self.config, self.folder
+        self.at = folder.restore(resume, self.reporter, config.steps)
+        self.iterations = Iterations(config.steps, config.bridge_steps, config.bridge_warmup)
+        first, last = (self.iterations.first(k) for k in (self.at.step, self.at.step + 1))
+        bridge = self.at.bridge if first <= self.at.bridge <= last else first  # a run with other settings counts anew
+        self.iterations = replace(self.iterations, start=self.at.step, bridge_start=bridge)
+        self.watch = Watch(config.steps, folder.trim_log(self.at.step) if self.main else ())
+        if self.at.step and bridge == first:
+            folder.mend_student(self.at.step, self.reporter)
+        self.accelerator.wait_for_everyone()
+        if self.at.step >= config.steps:
+            self._refuse_untrained()
+            if self.main:
+                write_page(self.out, "finished")
+            self.reporter.note(
+                f"{self.out}: complete ({self.at.step} student updates); to train anew, give another --out"
+            )
+            return
+        self.preview = Preview(self.sources, self.teacher, config.seed, self.accelerator.device) if self.main else None
+        if self.at.step == 0 and not self._preview_file(0).exists():
+            self._show(0)
+        self.began = time.monotonic() - self.at.seconds
+        with (
+            run_page(self.out) if self.main else nullcontext(),
+            self._tracking(),
+            interrupts(self.reporter.quiet) as self.interrupted,
+            folder.naming_checkpoint(),
+            self.reporter.progress("distilling", config.steps, "step", self.at.step) as meter,
+        ):
+            for step in self._algorithm():
+                self._after_student_update(step, meter)
+            self._refuse_untrained()
+        self.accelerator.end_training()
 
-class Preview:
-    """The student on the same sources with the same noise each time: a picture, and how much the noise changes.
+    # --------------------------------------------------------------------------------------------- before the first
 
-    The rows of the picture are source, teacher, student. Diversity is compared with that of the teacher at
-    `TEACHER_CALLS` calls, or fewer: nearly all of it is there by then.
-    """
+    def _say_where(self) -> None:
+        device, count = self.accelerator.device, self.accelerator.num_processes
+        where = f"{device} × {count}" if count > 1 else f"{device}"
+        self.reporter.note(f"distilling {self.config.teacher} into {self.out} on {where}")
+        if count == 1 and torch.cuda.device_count() > 1 and device.type == "cuda":
+            self.reporter.note(
+                f"{torch.cuda.device_count()} GPUs are here and one is used; --processes all uses them all"
+            )
 
-    def __init__(self, sources: SourceImages, teacher: Teacher, seed: int, device: torch.device) -> None:
-        n = min(PREVIEWS, len(sources))
-        rows = torch.linspace(0, len(sources) - 1, n).long().tolist()
-        self.batch = sources.take(rows, stream(seed, "preview sources"), device)
-        self.seed = seed
-        nfe = min(teacher.config["sampling"]["nfe"], MOST_CALLS)
-        self.rows = [self.batch.x_T, teacher.translate(self.batch, self._streams(), nfe)]
-        calls = min(nfe, TEACHER_CALLS)
-        variants = [teacher.translate(self.batch, self._streams(v), calls) for v in range(VARIANTS)]
-        self.teacher_diversity = float(diversity(torch.stack(variants)).mean())
+    def _choose_micro_batch(self, networks: tuple[Predictor, Predictor, Predictor]) -> int:
+        share = self.config.batch_size // self.accelerator.num_processes
+        if self.config.micro_batch != AUTO:
+            return int(self.config.micro_batch) or share
+        last = int([0, *(line.get("micro_batch", 0) for line in read_log(self.out))][-1])
+        self.accelerator.wait_for_everyone()
+        if last and share % last == 0:
+            return last  # sums in another order would differ in their last bits
+        return fitting_micro_batch(self.config, networks, self.setup, self.sources, self.accelerator, self.reporter)
 
-    def save(self, file: Path, student: Student, predictor: Any) -> dict[str, float]:
-        """Write the picture with the student's present (averaged) weights; return what it adds to the log.
+    def _players(self, bridge_model: Predictor, student: Predictor) -> tuple[Player, Player]:
+        """Return φ and θ."""
+        config = self.config
+        player = partial(
+            Player,
+            accelerator=self.accelerator,
+            seed=config.seed,
+            betas=config.betas,
+            micro_batches=config.batch_size // self.accelerator.num_processes // self.micro_batch,
+            micro_batch=self.micro_batch,
+            split=config.fsdp,
+        )
+        phi = player(
+            "bridge_model",
+            bridge_model,
+            schedule=Schedule(config.bridge_lr, 0, config.lr_decay),
+            steps=config.bridge_warmup + config.steps * config.bridge_steps,
+        )
+        theta = player(
+            "student",
+            student,
+            schedule=Schedule(config.lr, config.lr_warmup, config.lr_decay),
+            steps=config.steps,
+            clip=config.clip or None,
+            ema=config.ema,
+        )
+        return phi, theta
 
-        A student without noise adds nothing.
-        """
-        student = Student(predictor, student.config)
-        variants = [student.translate(self.batch, self._streams(v)) for v in range(VARIANTS)]
-        images = [to_uint8(x.cpu()) for x in (*self.rows, variants[0])]
-        with atomic_file(file) as new:
-            labelled_grid(dict(zip(("source", "teacher", "student"), images, strict=True))).save(new, format="png")
-        if not student.config["sampling"]["noise"]["channels"]:
+    def _algorithm(self) -> Iterator[Step]:
+        """Algorithm 1 on these players; it moves as its steps are asked for."""
+        if self.config.fsdp:
+            if self.preview:
+                self.preview.of_teacher  # noqa: B018 (made while this process has the whole teacher)
+            split(self.teacher.predictor)
+        x0_star = self.accelerator.prepare_model(self.teacher.predictor, evaluation_mode=True)
+        self.sources.expect(self.micro_batch, self._coming_streams())
+
+        def sources(rng: Streams) -> Sources:
+            return self.sources.batch(self.micro_batch, rng, self.config.flip, self.accelerator.device)
+
+        make = partial(generate, self.theta.model, self.setup, sources)
+        self.images = SharedImages(make, self.phi, self.iterations, self.config.reuse)
+        return ibmd(
+            x0_star,
+            self.phi.model,
+            self.theta.model,
+            self.setup,
+            sources,
+            self._update_bridge,
+            self.theta.update,
+            self.iterations,
+            images=self.images if self.config.reuse > 1 else None,
+            recompute=self.config.recompute,
+        )
+
+    def _coming_streams(self) -> Iterator[Streams]:
+        """Yield copies of the random streams of all coming batches, in the order in which they are drawn."""
+        for k in self.iterations.of_student():
+            makers = (self.iterations.maker(l, k, self.config.reuse) for l in self.iterations.of_bridge_model(k))  # noqa: E741
+            for maker in dict.fromkeys(makers):
+                yield from (self.phi.streams(maker, micro) for micro in range(self.phi.micro_batches))
+            yield from (self.theta.streams(k, micro) for micro in range(self.theta.micro_batches))
+
+    @contextmanager
+    def _tracking(self) -> Iterator[None]:
+        """Send the log to the tracker of `--track`, too; a run that continues replaces the steps from there on."""
+        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in to_json(self.config).items()}
+        purge = {"purge_step": self.at.step + 1}
+        options = {"tensorboard": purge, "wandb": {"name": self.out.name, "dir": str(self.out)}}
+        self.accelerator.init_trackers("ibmd", settings, options)
+        try:
+            yield
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    # -------------------------------------------------------------------------------------------- after each update
+
+    def _update_bridge(self, l: int, compute: Callable[..., Tensor]) -> float:  # noqa: E741 (the paper's letter)
+        """Make update l of φ; save where a kill would lose too much, and where the run is to stop."""
+        k = self.at.step
+        self.images.begin(l, k)
+        loss = self.phi.update(l, compute)
+        self.at = Position(k, l + 1, loss, time.monotonic() - self.began)
+        stop, due = self._agreed(self.folder.is_due())
+        if stop or due:
+            self.folder.save(self.at, between=True, student=stop and k > 0)
+            self.accelerator.wait_for_everyone()
+        if stop:
+            self._stop(f"after update {l + 1} of the bridge model")
+        return loss
+
+    def _after_student_update(self, step: Step, meter: Meter) -> None:
+        """Log, show and save what is due."""
+        config, k = self.config, step.k + 1
+        self.at = self.at._replace(step=k, seconds=time.monotonic() - self.began)
+        line = self._line(step, meter)
+        stop, _ = self._agreed()
+        show = k % config.preview_every == 0 or k == config.steps
+        save = stop or k % config.checkpoint_every == 0 or k == config.steps
+        if show:
+            line |= self._show(k)
+        if self.main:
+            line |= self.watch.look(line)
+            for warning in line.get("warnings", []):
+                self.reporter.warn(warning)
+            self.folder.log(line)
+            self.accelerator.log({name: v for name, v in line.items() if isinstance(v, int | float)}, step=k)
+        if save:
+            self.folder.save(self.at)
+            self.accelerator.wait_for_everyone()
+        if self.main and (show or save):
+            write_page(self.out, "running")
+        if stop and k < config.steps:
+            self._stop(f"after step {k}")
+
+    def _line(self, step: Step, meter: Meter) -> dict[str, Any]:
+        """Return what the log says of a student update, and show it."""
+        config, k = self.config, step.k + 1
+        losses = {"bridge_loss": self.at.bridge_loss, "student_loss": step.student_loss}
+        images = (config.bridge_warmup + k * (config.bridge_steps + 1)) * config.batch_size
+        rate = images / self.at.seconds
+        meter.advance(1, **{name: f"{v:.4f}" for name, v in losses.items()}, images_per_second=f"{rate:.0f}")
+        return {
+            "step": k,
+            **{name: v if math.isfinite(v) else None for name, v in losses.items()},
+            "lr": self.theta.schedule(step.k, config.steps),
+            "images": images,
+            "seconds": self.at.seconds,
+            "images_per_second": rate,
+            "micro_batch": self.micro_batch,
+            "peak_memory_bytes": peak_memory(self.accelerator.device),
+            "skipped": self.phi.skipped + self.theta.skipped,
+            "broken_images": len(self.sources.broken),
+        }
+
+    def _preview_file(self, k: int) -> Path:
+        return self.out / "previews" / f"step-{k:06d}.png"
+
+    def _show(self, k: int) -> dict[str, float]:
+        """Write the preview after student update k; return what it adds to the log. All processes call this."""
+        average, file = self.theta.averaged(), self._preview_file(k)
+        if not self.preview:
             return {}
-        spread = float(diversity(torch.stack(variants)).mean())
-        return {"diversity": spread, "teacher_diversity": self.teacher_diversity}
+        with writing(file, holds=self.folder.holds()):
+            return self.preview.save(file, self.student, average)
 
-    def _streams(self, variant: int = 0) -> list[torch.Generator]:
-        more = (variant,) if variant else ()
-        return [stream(self.seed, "preview", i, *more) for i in range(len(self.batch.x_T))]
+    def _agreed(self, due: bool = False) -> tuple[bool, bool]:
+        """Tell whether any process was interrupted, and whether the first one's answer is yes; the same in all."""
+        stop = bool(self.interrupted)
+        if self.accelerator.num_processes == 1:
+            return stop, due
+        said = torch.tensor([float(stop), float(due and self.main)], device=self.accelerator.device)
+        stops, dues = self.accelerator.reduce(said).tolist()
+        return stops > 0, dues > 0
 
+    def _stop(self, where: str) -> None:
+        self.reporter.note(f"interrupted {where}; the same command continues from here")
+        raise KeyboardInterrupt
 
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list in place of stopping at once; the second one stops at once."""
-    received: list[int] = []
-
-    def remember(number: int, _: Any) -> None:
-        if received:
-            os._exit(130)
-        received.append(number)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _agreed(accelerator: Accelerator, interrupted: list[int]) -> bool:
-    """Tell whether any process was interrupted, the same in all of them."""
-    if accelerator.num_processes == 1:
-        return bool(interrupted)
-    return bool(accelerator.reduce(torch.tensor(float(bool(interrupted)), device=accelerator.device)) > 0)
+    def _refuse_untrained(self) -> None:
+        """Fail, in the first process, if no update of the student was made."""
+        training = read_json(self.out / "student" / "config.json")["training"] if self.main else {}
+        if training.get("untrained"):
+            raise IbmdError(
+                f"{self.out}: nothing was learnt: all {self.config.steps} updates of the student were skipped, their "
+                "losses or gradients were not finite; lower --lr and --bridge-lr, or use --precision fp32, with "
+                "another --out"
+            )

@@ -8,11 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ibmd_cli.data.sources import SourceImages
+from ibmd_cli.devices import forget_peak, free_memory, peak_memory
 from ibmd_cli.errors import UsageError
+from ibmd_cli.method.distillation import Setup, bridge_loss, rollout, student_gradient
+from ibmd_cli.method.noise import BatchStreams
 from ibmd_cli.networks.predictor import Predictor
+from ibmd_cli.processes import this_process
+from ibmd_cli.reporting import Reporter
+from ibmd_cli.training.config import DistillConfig
 
 SHARE_OF_FREE = 0.9
 """Of the free memory, that `--micro-batch auto` takes."""
@@ -107,6 +115,54 @@ def _graph_bytes(predictor: Predictor, side: int, trained: bool, checkpointing: 
         hook.remove()
     inputs, graphs = zip(*blocks, strict=True)
     return sum(inputs) + max(graphs) if checkpointing else total()
+
+
+def fitting_micro_batch(
+    config: DistillConfig,
+    networks: tuple[Predictor, Predictor, Predictor],
+    setup: Setup,
+    sources: SourceImages,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> int:
+    """Find the micro-batch of `--micro-batch auto`, the same in all processes; weights stay as they are.
+
+    Args:
+        config: the settings.
+        networks: teacher, bridge model, student.
+        setup: of the distillation.
+        sources: images to try it with.
+        accelerator: the device.
+        reporter: told what was found.
+    """
+    share = config.batch_size // accelerator.num_processes
+    teacher, bridge_model, student = networks
+    device = accelerator.device
+    sharers = 1 if device.type == "cuda" else this_process().local_count
+    limit = config.memory * GIB or SHARE_OF_FREE * free_memory(device) / sharers
+    learning = [*bridge_model.parameters(), *student.parameters()]
+    gradients = sum(p.nbytes for p in learning)
+    later = 2 * gradients + sum(p.nbytes for p in student.parameters())  # Adam's moments, the average
+    forget_peak(device)
+    start = peak_memory(device)
+
+    def attempt(images: int) -> int:
+        rng = BatchStreams(range(images), config.seed, "micro-batch")
+        batch = sources.batch(images, rng, config.flip, device)
+        with accelerator.autocast():
+            with torch.no_grad():
+                x_0 = rollout(student, setup, batch, rng)
+            bridge_loss(bridge_model, setup, x_0, batch, rng).backward()
+            student_gradient(teacher, bridge_model, student, setup, batch, rng, recompute=config.recompute)
+        return peak_memory(device) - start + later
+
+    found = largest_micro_batch(share, limit, gradients + later, attempt)
+    for p in learning:
+        p.grad = None
+    torch.cuda.empty_cache()  # of an attempt that did not fit
+    found = int(accelerator.gather(torch.tensor([found], device=device)).min())
+    reporter.note(f"--micro-batch auto: {found} of {share} images at a time, in {limit / GIB:.3g} GiB")
+    return found
 
 
 def largest_micro_batch(share: int, limit: float, fixed: int, attempt: Callable[[int], int]) -> int:

@@ -7,13 +7,18 @@ half-written is swept away, and what is damaged later is found by the checksum a
 
 import fcntl
 import json
+import math
+import os
+import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, UsageError
@@ -27,36 +32,78 @@ from ibmd_cli.training.log import read_log
 from ibmd_cli.training.optimise import Diverged, Player
 
 RESUME = ("auto", "never")
+SECONDS = 10.0
+"""After which there is a checkpoint between those of `--checkpoint-every`, so that a kill loses little …"""
+SHARE = 0.05
+"""… unless writing them would take more than this part of the time."""
 
 
-@contextmanager
-def open_run(
-    out: Path,
-    config: DistillConfig,
-    origins: Mapping[str, str],
-    resume: str,
-    processes: int,
-    inputs: Mapping[str, str],
-) -> Iterator[None]:
-    """Make the run folder, or check that the one that is there may be continued with these settings; then hold it.
+def check_run(out: Path, config: DistillConfig, resume: str) -> None:
+    """Refuse a run folder that cannot be used, before anything is read.
 
     Args:
         out: the run folder.
         config: the settings.
-        origins: where each came from.
         resume: of `ibmd distill`; "never" refuses a folder that holds a run.
+
+    Raises:
+        UsageError: it is something else, may not be written, or holds a run that was started otherwise; or `resume`
+            names no checkpoint.
+    """
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UsageError(f"--out {out}: {there} is no folder; give another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out}: {there} may not be written to; check its permissions, or give another --out")
+    others = any((out / "checkpoints").glob("step-*")) and Path(resume).resolve().parent.parent != out.resolve()
+    if resume not in RESUME and not others and not (Path(resume) / "state.pt").is_file():
+        raise UsageError(f"--resume {resume}: no checkpoint: expected a folder RUN/checkpoints/step-… with state.pt")
+    if (out / "config.json").exists():
+        saved = read_json(out / "config.json").get("settings")
+        if not isinstance(saved, dict):
+            raise UsageError(f"--out {out}: its config.json is not that of a run; give another --out")
+        if resume == "never":
+            raise UsageError(f"{out}: holds a run already; give another --out, or --resume auto to continue it")
+        if changed := differences(config, saved):
+            raise UsageError(f"{out}: a run with other settings ({'; '.join(changed)}); give another --out")
+    elif out.exists() and any(path.name[:6] != ".ibmd-" for path in out.iterdir()):
+        raise UsageError(f"{out}: not empty and not a run folder; give another --out")
+
+
+@contextmanager
+def open_run(
+    out: Path, config: DistillConfig, origins: Mapping[str, str], processes: int, inputs: Mapping[str, str]
+) -> Iterator[None]:
+    """Make the run folder, or check that what the run there was made of is the same still; then hold it.
+
+    Args:
+        out: the run folder, after `check_run`.
+        config: the settings.
+        origins: where each came from.
         processes: that train; a run may be continued by more or fewer.
         inputs: teacher and data → what was found of them; a run that is continued must find the same.
 
     Raises:
-        UsageError: the folder holds something else, a run that was started otherwise, or one that is still running.
+        UsageError: teacher or data changed, or another process trains in the folder.
     """
     file = out / "config.json"
     if file.exists():
-        _check(out, config, resume, inputs)
+        before = read_json(file).get("inputs", inputs)
+        if changed := [f"{k}: {before.get(k)} there, {now} here" for k, now in inputs.items() if before.get(k) != now]:
+            raise UsageError(
+                f"{out}: teacher or data changed ({'; '.join(changed)}); put them back, or give another --out"
+            )
     else:
-        _start(out, config, origins, processes, inputs)
-    with file.open(encoding="utf-8") as held:
+        content = {
+            "ibmd_version": __version__,
+            "processes": processes,
+            "settings": to_json(config),
+            "origins": dict(origins),
+            "inputs": dict(inputs),
+        }
+        with writing(file), atomic_file(file) as new:
+            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with file.open() as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, or the process dies
         except BlockingIOError as error:
@@ -65,32 +112,28 @@ def open_run(
         yield
 
 
-def _start(
-    out: Path, config: DistillConfig, origins: Mapping[str, str], processes: int, inputs: Mapping[str, str]
-) -> None:
-    if out.exists() and any(path.name[:6] != ".ibmd-" for path in out.iterdir()):
-        raise UsageError(f"{out}: not empty and not a run folder; give another --out")
-    content = {
-        "ibmd_version": __version__,
-        "processes": processes,
-        "settings": to_json(config),
-        "origins": dict(origins),
-        "inputs": dict(inputs),
-    }
-    with atomic_file(out / "config.json") as new:
-        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+@contextmanager
+def writing(file: Path, needed: int = 0, holds: str = "") -> Iterator[None]:
+    """Say, of what cannot be written, which file that was, what is free and needed, what holds, and how to go on.
 
-
-def _check(out: Path, config: DistillConfig, resume: str, inputs: Mapping[str, str]) -> None:
-    """Refuse to continue a run that was started otherwise."""
-    if resume == "never":
-        raise UsageError(f"{out}: holds a run already; give another --out, or --resume auto to continue it")
-    saved = read_json(out / "config.json")
-    if changed := differences(config, saved["settings"]):
-        raise UsageError(f"{out}: a run with other settings ({'; '.join(changed)}); give another --out")
-    before = saved.get("inputs", inputs)
-    if changed := [f"{k}: {before.get(k)} there, {now} here" for k, now in inputs.items() if before.get(k) != now]:
-        raise UsageError(f"{out}: teacher or data changed ({'; '.join(changed)}); put them back, or give another --out")
+    Args:
+        file: to be written inside.
+        needed: its bytes, where they are known.
+        holds: what there is still of the run.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, IbmdError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
+        number = re.search(r"\(os error (\d+)\)", str(cause))  # as safetensors says it
+        reason = os.strerror(int(number[1])) if number else getattr(cause, "strerror", None) or str(cause)
+        there = next(path for path in file.absolute().parents if path.exists())
+        space = f"{shutil.disk_usage(there).free / 2**20:.1f} MiB are free"
+        space += f", {needed / 2**20:.1f} MiB are needed" if needed else ""
+        raise IbmdError(
+            f"{file}: cannot be written ({reason}; {space}){holds and '; '}{holds}; make room for it, or make its "
+            "folder writable, and run the same command again"
+        ) from error
 
 
 def _sweep(out: Path) -> None:
@@ -101,6 +144,22 @@ def _sweep(out: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+class Position(NamedTuple):
+    """How far a run is.
+
+    Attributes:
+        step: student updates that are made.
+        bridge: bridge-model updates that are made.
+        bridge_loss: of the last of them.
+        seconds: spent on all this.
+    """
+
+    step: int = 0
+    bridge: int = 0
+    bridge_loss: float = math.nan
+    seconds: float = 0.0
 
 
 class Run:
@@ -127,88 +186,128 @@ class Run:
     ) -> None:
         self.out, self.players, self.student, self.keep, self.scaler = out, players, student, keep, scaler
         self.writes = writes
+        self.saved, self.cost = time.monotonic(), 0.0
+        self.left_alone = False
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        file = self.out / "metrics.jsonl"
+        with writing(file, holds=self.holds()), file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
 
     def trim_log(self, step: int) -> list[dict[str, Any]]:
         """Drop the lines of steps after `step`, which will be made again, and return the others."""
         file = self.out / "metrics.jsonl"
         lines = [line for line in read_log(self.out) if line["step"] <= step]
         if file.exists():
-            with atomic_file(file) as new:
+            with writing(file, holds=self.holds()), atomic_file(file) as new:
                 new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         return lines
 
     def checkpoints(self) -> list[Path]:
         """Return the folders of the checkpoints, newest first."""
-        return sorted((self.out / "checkpoints").glob("step-*"), key=_step, reverse=True)
+        return sorted((self.out / "checkpoints").glob("step-*"), key=_order, reverse=True)
 
-    def save(self, step: int, seconds: float) -> None:
-        """Write `checkpoints/step-NNNNNN` and `student/`, each whole or not at all, and drop the oldest checkpoints.
+    def is_due(self) -> bool:
+        """Tell whether so much time went by that a kill would lose too much."""
+        return time.monotonic() - self.saved >= max(SECONDS, self.cost / SHARE)
+
+    def save(self, at: Position, *, between: bool = False, student: bool = True) -> None:
+        """Write a checkpoint and `student/`, each whole or not at all, and drop the checkpoints that are not kept.
+
+        Args:
+            at: how far the run is.
+            between: whether this is after an update of the bridge model, and so until the next checkpoint alone.
+            student: whether to write `student/`, too.
 
         Raises:
             IbmdError: they cannot be written; the checkpoint before is intact.
         """
-        folder = self.out / "checkpoints" / f"step-{step:06d}"
+        began = time.monotonic()
+        folder = self.out / "checkpoints" / (f"step-{at.step:06d}" + (f"-bridge-{at.bridge:06d}" if between else ""))
         state: dict[str, Any] = {name: player.state_dict() for name, player in self.players.items()}
-        student = self._averaged(step)
-        if not self.writes:
-            return
-        state |= {"scaler": self.scaler.state_dict() if self.scaler else None, "step": step, "seconds": seconds}
-        with atomic_folder(folder) as new:
-            try:
-                torch.save(state, new / "state.pt")
-            except RuntimeError as error:  # what torch makes of an OSError
-                free = shutil.disk_usage(self.out).free / 2**20
-                raise IbmdError(
-                    f"{folder}: cannot be written, {free:.0f} MiB are free there: free some space and run the same "
-                    "command again; the checkpoint before it is intact"
-                ) from error
-            (new / "state.pt.sha256").write_text(f"{sha256(new / 'state.pt')}  state.pt\n", encoding="utf-8")
-        self._save_student(student)
-        # Later ones are left from before a damaged one, or from before --resume: they do not count.
-        for old in [path for path in self.checkpoints() if _step(path) <= step][self.keep :]:
-            shutil.rmtree(old)
+        averaged = self._averaged(at.step)
+        if self.writes:
+            state |= {"scaler": self.scaler.state_dict() if self.scaler else None, **at._asdict()}
+            needed = sum(x.nbytes for x in tree_leaves(state) if isinstance(x, torch.Tensor))
+            with writing(folder, needed, self.holds(folder)), atomic_folder(folder) as new:
+                with (new / "state.pt").open("wb") as file:  # not by its name: torch would hide what the system says
+                    torch.save(state, file)
+                (new / "state.pt.sha256").write_text(f"{sha256(new / 'state.pt')}  state.pt\n", encoding="utf-8")
+            if student:
+                self._save_student(averaged)
+            # Later ones are left from before a damaged one, or from before --resume: they do not count.
+            before = [path for path in self.checkpoints() if _order(path) < _order(folder)]
+            whole = [path for path in before if "-bridge-" not in path.name][: self.keep - (not between)]
+            for old in set(before) - set(whole):
+                shutil.rmtree(old)
+        self.saved = time.monotonic()
+        self.cost = self.saved - began
 
-    def restore(self, resume: str, reporter: Reporter) -> tuple[int, float]:
-        """Load the newest sound checkpoint.
+    def restore(self, resume: str, reporter: Reporter, steps: int | None = None) -> Position:
+        """Load the newest sound checkpoint; of a finished run whose student is whole, none need be sound.
 
         Args:
             resume: "auto" or "never", or the path of a checkpoint: one of this run is loaded whatever else there is,
                 one of another run if this one has none yet.
             reporter: told which one, and of those that are damaged.
+            steps: student updates of a finished run.
 
         Returns:
-            The step, and the seconds spent on it; (0, 0.0) if there is no sound checkpoint.
+            Where the run stands; at the start if there is no sound checkpoint.
 
         Raises:
-            IbmdError: the checkpoint that `resume` names is damaged or absent.
+            IbmdError: the checkpoint that `resume` names is damaged or absent; or the run is finished, and neither its
+                student nor a checkpoint is sound.
         """
         named = None if resume in RESUME else Path(resume)
         folders = self.checkpoints()
         if named:
             own = named.resolve().parent == (self.out / "checkpoints").resolve()
             folders = [named] if own else [*folders, named]
+        finished = steps is not None and any(line["step"] >= steps for line in read_log(self.out))
+        whole = finished and self._is_whole(steps)
         for folder in folders:
             try:
                 state = _read(folder)
             except (IbmdError, OSError) as error:
                 if folder == named:
                     raise IbmdError(f"--resume {resume}: not a sound checkpoint ({error})") from error
-                reporter.warn(f"{folder}: damaged ({error}); trying the one before it")
+                if not whole:
+                    reporter.warn(f"{folder}: damaged ({error}); trying the one before it")
+                continue
+            if whole and folder != named and state["step"] != steps:
                 continue
             for name, player in self.players.items():
                 player.load_state_dict(state[name])
             if self.scaler:
                 self.scaler.load_state_dict(state["scaler"])
             reporter.note(f"resuming from {folder}")
-            return int(state["step"]), float(state["seconds"])
+            return Position(**{key: state[key] for key in Position._fields if key in state})
+        if whole:
+            reporter.warn(f"{self.out}: its checkpoints are damaged or gone; its student is whole, and left alone")
+            self.left_alone = True
+            return Position(step=steps or 0)
+        if finished:
+            raise IbmdError(
+                f"{self.out}: a finished run, of which neither the student nor a checkpoint is sound; to train anew, "
+                "give another --out"
+            )
         if folders:
             reporter.warn(f"{self.out}: no sound checkpoint; starting from step 0")
-        return 0, 0.0
+        return Position()
+
+    def _is_whole(self, step: int | None) -> bool:
+        """Tell whether `student/` is a student of student update `step`."""
+        try:
+            return bool(load_student(str(self.out / "student")).config["training"]["step"] == step)
+        except (IbmdError, KeyError, TypeError):
+            return False
+
+    def holds(self, folder: Path | None = None) -> str:
+        """Say which checkpoint there is, before the one in `folder`."""
+        before = next((path.name for path in self.checkpoints() if path != folder), None)
+        return f"the checkpoint before it is intact ({before})" if before else "there is no checkpoint before it"
 
     @contextmanager
     def naming_checkpoint(self) -> Iterator[None]:
@@ -222,12 +321,15 @@ class Run:
             raise IbmdError(f"{error}; {mend}") from error
 
     def _save_student(self, student: Student) -> None:
-        save_model(student, self.out / "student", card=student_card(student))
+        folder = self.out / "student"
+        needed = sum(v.nbytes for v in student.predictor.state_dict().values())
+        with writing(folder, needed, self.holds()):
+            save_model(student, folder, card=student_card(student))
 
     def mend_student(self, step: int, reporter: Reporter) -> None:
         """Write `student/` again, and say so, unless it holds the averaged weights of `step`."""
         want, folder = self._averaged(step), self.out / "student"
-        if not self.writes:
+        if not self.writes or self.left_alone:
             return
         try:
             have = load_student(str(folder))
@@ -240,8 +342,11 @@ class Run:
 
     def _averaged(self, step: int) -> Student:
         """Return the student with the averaged weights."""
-        config = {**self.student.config, "training": {**self.student.config["training"], "step": step}}
-        return Student(self.players["student"].averaged(), config)  # type: ignore[arg-type]
+        training = {**self.student.config["training"], "step": step}
+        if 0 < step <= self.players["student"].skipped:
+            training["untrained"] = True  # all updates were skipped
+        predictor = self.players["student"].averaged()
+        return Student(predictor, {**self.student.config, "training": training})  # type: ignore[arg-type]
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -252,8 +357,9 @@ def _read(folder: Path) -> dict[str, Any]:
     return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def _order(checkpoint: Path) -> tuple[int, ...]:
+    """Return the numbers in a checkpoint's name: `step-NNNNNN`, or `step-NNNNNN-bridge-NNNNNN`."""
+    return tuple(int(word) for word in checkpoint.name.split("-") if word.isdecimal())
 
 
 def _content(student: Model) -> dict[str, Any]:

@@ -17,18 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge, expand_to
 from ibmd_cli.method.distillation import (
+    Iterations,
+    Pair,
     Setup,
     Sources,
     Step,
-    bridge_iterations,
     bridge_loss,
     draw_time,
     draw_z,
     frozen,
+    generate,
     ibmd,
     rollout,
+    student_gradient,
     student_loss,
-    student_step,
     translate,
     weighted_error,
 )
@@ -315,7 +317,7 @@ def test_student_gradient_is_that_of_the_loss(name, masked):
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
         for recompute in (False, True):
             teacher, phi, student = toys()
-            value = student_step(teacher, phi, student, setup, batch, stream(5, place), recompute=recompute)
+            value = student_gradient(teacher, phi, student, setup, batch, stream(5, place), recompute=recompute)
             assert value == pytest.approx(loss, rel=1e-12)
             torch.testing.assert_close(student.w.grad, gradient, rtol=1e-10, atol=1e-13)  # rounding alone
 
@@ -366,7 +368,7 @@ def test_detached_x_t_would_be_noticed():
     assert (gradient - right).norm() > 0.1 * right.norm()
 
 
-def test_student_step_uses_the_given_backward_and_adds_to_gradients():
+def test_student_gradient_uses_the_given_backward_and_adds_to_gradients():
     teacher, phi, student = toys()
     setup, batch = GRIDS["one-step"], toy_batch()
     _, gradient = single_graph(setup, batch, [0])
@@ -376,12 +378,12 @@ def test_student_step_uses_the_given_backward_and_adds_to_gradients():
         terms.append(loss.item())
         (loss / 2).backward()
 
-    loss = student_step(teacher, phi, student, setup, batch, stream(5, 0), half)
+    loss = student_gradient(teacher, phi, student, setup, batch, stream(5, 0), half)
     assert len(terms) == 2
     assert terms[0] > 0 > terms[1]
     assert loss == pytest.approx(sum(terms))
     torch.testing.assert_close(student.w.grad, gradient / 2, rtol=1e-10, atol=1e-13)
-    student_step(teacher, phi, student, setup, batch, stream(5, 0), half)  # accumulation over micro-batches
+    student_gradient(teacher, phi, student, setup, batch, stream(5, 0), half)  # accumulation over micro-batches
     torch.testing.assert_close(student.w.grad, gradient, rtol=1e-10, atol=1e-13)
 
 
@@ -390,7 +392,7 @@ def test_recompute_runs_the_student_twice_and_keeps_no_graph_meanwhile():
         teacher, phi, student = toys()
         seen = []
         student.register_forward_hook(lambda m, i, out, seen=seen: seen.append(out.requires_grad))
-        student_step(teacher, phi, student, GRIDS["one-step"], toy_batch(), stream(5, 0), recompute=recompute)
+        student_gradient(teacher, phi, student, GRIDS["one-step"], toy_batch(), stream(5, 0), recompute=recompute)
         assert seen == [False, True][-runs:]
         assert len(student.calls) == runs
         if recompute:
@@ -403,7 +405,7 @@ def test_both_terms_see_the_same_states():
     phi = copy.deepcopy(teacher).requires_grad_(True)
     for name, setup in GRIDS.items():
         assert student_loss(teacher, phi, student, setup, toy_batch(), stream(7, name)).item() == 0
-        assert student_step(teacher, phi, student, setup, toy_batch(), stream(7, name)) == 0
+        assert student_gradient(teacher, phi, student, setup, toy_batch(), stream(7, name)) == 0
         assert (student.w.grad.abs() < 1e-14).all()  # two opposite gradients, added
         (x_t, t, x_T, _, label), (x_t2, t2, x_T2, _, label2) = teacher.calls[-1], phi.calls[-1]
         assert torch.equal(x_t, x_t2)
@@ -416,12 +418,12 @@ def test_both_terms_see_the_same_states():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_student_step_touches_the_student_alone(recompute):
+def test_student_gradient_touches_the_student_alone(recompute):
     teacher, phi, student = toys()
     before = [copy.deepcopy(m.state_dict()) for m in (teacher, phi, student)]
     inside = []
     phi.register_forward_hook(lambda *_: inside.append(phi.w.requires_grad))
-    student_step(teacher, phi, student, GRIDS["chain-marginal"], toy_batch(), stream(5), recompute=recompute)
+    student_gradient(teacher, phi, student, GRIDS["chain-marginal"], toy_batch(), stream(5), recompute=recompute)
     assert teacher.w.grad is None
     assert phi.w.grad is None
     assert (student.w.grad != 0).all()
@@ -439,7 +441,7 @@ def test_bridge_model_is_thawed_after_an_error_and_frozen_parts_stay_frozen():
     assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
 
 
-def run(setup, updates=None, steps=2, L=3, start=0, models=None, **settings):
+def run(setup, steps=2, L=3, warmup=0, start=0, bridge_start=0, models=None, **settings):
     """Run `ibmd` on toys and return (models, log); updates record, and call the loss once."""
     teacher, phi, student = models or toys()
     log = []
@@ -465,9 +467,7 @@ def run(setup, updates=None, steps=2, L=3, start=0, models=None, **settings):
             lambda rng: toy_sources(rng),
             update("phi", phi),
             update("theta", student),
-            steps=steps,
-            bridge_steps=L,
-            start=start,
+            Iterations(steps, L, warmup, start, bridge_start),
             **settings,
         )
     )
@@ -491,7 +491,7 @@ def test_neither_loss_touches_the_other_player(recompute):
 # --- Algorithm 1 -------------------------------------------------------------------------------------------
 
 
-def test_loop_makes_L_bridge_steps_before_each_student_step():
+def test_loop_makes_L_bridge_steps_before_each_student_gradient():
     _, log, yielded = run(GRIDS["one-step"], steps=3, L=4)
     expected = []
     for k in range(3):
@@ -510,61 +510,55 @@ def test_loop_hands_recompute_on():
 def test_bridge_warm_up_comes_once_and_first():
     expected = [("phi", l) for l in range(7)] + [("theta", 0)]  # noqa: E741
     expected += [("phi", 7), ("phi", 8), ("theta", 1), ("phi", 9), ("phi", 10), ("theta", 2)]
-    _, log, _ = run(GRIDS["one-step"], steps=3, L=2, bridge_warmup=5)
+    _, log, _ = run(GRIDS["one-step"], steps=3, L=2, warmup=5)
     assert [entry[:2] for entry in log] == expected
-    _, log, _ = run(GRIDS["one-step"], steps=3, L=2, bridge_warmup=5, start=1)
+    _, log, _ = run(GRIDS["one-step"], steps=3, L=2, warmup=5, start=1)
     assert [entry[:2] for entry in log] == expected[8:]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("iterations", "expected"),
     [
-        ((0, 3), [(0, True), (1, True), (2, True)]),
-        ((2, 3), [(6, True), (7, True), (8, True)]),
-        ((2, 3, 4, 2), [(10, True), (11, False), (12, True)]),
-        ((0, 3, 2, 4), [(0, True), (1, False), (2, False), (3, False), (4, True)]),
+        (Iterations(2, 3), {0: [0, 1, 2], 1: [3, 4, 5]}),
+        (Iterations(2, 3, 4), {0: [0, 1, 2, 3, 4, 5, 6], 1: [7, 8, 9]}),
+        (Iterations(3, 3, 4, start=1), {1: [7, 8, 9], 2: [10, 11, 12]}),
+        (Iterations(2, 3, 4, bridge_start=5), {0: [5, 6], 1: [7, 8, 9]}),
+        (Iterations(2, 3, 4, start=1, bridge_start=9), {1: [9]}),
+        (Iterations(2, 3, start=1, bridge_start=6), {1: []}),
     ],
 )
-def test_bridge_iterations(arguments, expected):
-    """L before each student iteration, after the warm-up; images are never shared across a student iteration."""
-    assert list(bridge_iterations(*arguments)) == expected
+def test_iterations_to_be_made(iterations, expected):
+    """L before each student iteration, after the warm-up; none twice."""
+    assert {k: list(iterations.of_bridge_model(k)) for k in iterations.of_student()} == expected
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-def test_reused_images_get_new_times_and_noise(micro):
-    """The student runs for every second update; another update of the bridge model sees the same x_0 at other t."""
+@pytest.mark.parametrize(
+    ("iterations", "k", "reuse", "expected"),
+    [
+        (Iterations(2, 3), 1, 1, [3, 4, 5]),
+        (Iterations(2, 3), 1, 2, [3, 3, 5]),
+        (Iterations(1, 3, 2), 0, 4, [0, 0, 0, 0, 4]),
+    ],
+)
+def test_iterations_that_share_images(iterations, k, reuse, expected):
+    """Never across a student iteration."""
+    assert [iterations.maker(l, k, reuse) for l in iterations.of_bridge_model(k)] == expected  # noqa: E741
+
+
+def test_images_of_the_caller_are_what_the_bridge_model_learns_from():
     teacher, phi, student = toys()
+    made = Pair(toy_sources(stream(1)), torch.ones(SHAPE, dtype=torch.float64))
     seen = []
 
     class Watched(VPBridge):
         def sample(self, x_0, x_T, t, eps):
-            seen.append((x_0.clone(), x_T, t, eps))
+            seen.append((x_0, x_T))
             return super().sample(x_0, x_T, t, eps)
 
-    def update(model):
-        def step(number, compute):
-            for i in range(micro):
-                loss = compute(stream(8, id(model) == id(phi), number, i))
-            with torch.no_grad():
-                model.w -= 0.05 * model.w.grad
-            model.w.grad = None
-            return loss
-
-        return step
-
     setup = dataclasses.replace(GRIDS["one-step"], bridge=Watched(VP.beta_d, VP.beta_min))
-    settings = {"steps": 2, "bridge_steps": 3, "reuse": 2, "recompute": False}
-    list(ibmd(teacher, phi, student, setup, toy_sources, update(phi), update(student), **settings))
-    assert len(student.calls) == micro * 2 * (2 + 1)  # updates 0 and 2 of three, and its own
-    of_phi = [seen[i : i + 3 * micro] for i in (0, 5 * micro)]  # before each student iteration, which samples twice
-    for entries in of_phi:
-        first, second, third = (entries[i : i + micro] for i in range(0, 3 * micro, micro))
-        for one, other, new in zip(first, second, third, strict=True):
-            assert torch.equal(one[0], other[0])
-            assert torch.equal(one[1], other[1])
-            assert not (one[2] == other[2]).any()
-            assert not (one[3] == other[3]).any()
-            assert not torch.equal(new[0], one[0])
+    run(setup, steps=1, L=2, images=lambda rng: made, models=(teacher, phi, student), recompute=False)
+    assert [(x_0 is made.x_0, x_T is made.batch.x_T) for x_0, x_T in seen[:2]] == [(True, True)] * 2
+    assert len(student.calls) == 1  # by its own iteration alone
 
 
 def test_losses_are_not_read_by_the_host():
@@ -583,7 +577,7 @@ def test_losses_are_not_read_by_the_host():
         return loss.item()
 
     setup = GRIDS["chain-posterior"]  # in "random-step" the number of the step is read, which is drawn on the CPU
-    list(ibmd(*toys(), setup, toy_sources, update, update, steps=2, bridge_steps=2))
+    list(ibmd(*toys(), setup, toy_sources, update, update, Iterations(2, 2)))
 
 
 def test_loop_yields_what_the_updates_return():
@@ -628,19 +622,41 @@ def test_losses_go_through_the_backward_of_the_update():
         return step
 
     players = (teacher, phi, student, GRIDS["one-step"], toy_sources, update(phi), update(student))
-    list(ibmd(*players, steps=1, bridge_steps=2))
+    list(ibmd(*players, Iterations(1, 2)))
     assert calls == [1, 1, 2]
 
 
-@pytest.mark.parametrize("reuse", [1, 2])
 @pytest.mark.parametrize("name", ["one-step", "random-step-marginal"])
-def test_resumed_run_gives_the_same_numbers(name, reuse):
+def test_resumed_run_gives_the_same_numbers(name):
     setup = GRIDS[name]
-    whole, _, steps = run(setup, steps=5, L=3, reuse=reuse)
-    half, _, first = run(setup, steps=3, L=3, reuse=reuse)
-    resumed, _, rest = run(setup, steps=5, L=3, start=3, models=half, reuse=reuse)
+    whole, _, steps = run(setup, steps=5)
+    half, _, first = run(setup, steps=3)
+    resumed, _, rest = run(setup, steps=5, start=3, models=half)
     assert first + rest == steps
     for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(one.w, other.w)
+
+
+@pytest.mark.parametrize("done", [1, 4, 5])  # of the warm-up's five and the first iteration's one
+def test_run_resumed_between_bridge_iterations_gives_the_same_numbers(done):
+    setup, settings = GRIDS["one-step"], {"steps": 2, "L": 1, "warmup": 5}
+    whole, log, _ = run(setup, **settings)
+    models, calls = toys(), []
+
+    class Killed(Exception):
+        pass
+
+    def images(rng):
+        if len(calls) == done:
+            raise Killed
+        calls.append(0)
+        return generate(models[2], setup, toy_sources, rng)
+
+    with pytest.raises(Killed):
+        run(setup, models=models, images=images, **settings)
+    _, rest, _ = run(setup, models=models, bridge_start=done, **settings)
+    assert [entry[:2] for entry in rest] == [entry[:2] for entry in log[done:]]
+    for one, other in zip(whole, models, strict=True):
         assert torch.equal(one.w, other.w)
 
 
@@ -701,7 +717,7 @@ def play(student, bridge_model, teacher, setup, steps, B=256, lr=0.04):
     phi = player("bridge_model", bridge_model, 2 * lr, steps * L, (0.5, 0.99))
     sources = gaussian_sources(B)
     arguments = (teacher, phi.model, theta.model, setup, sources, phi.update, theta.update)
-    return list(ibmd(*arguments, steps=steps, bridge_steps=L))
+    return list(ibmd(*arguments, Iterations(steps, L)))
 
 
 def table(bridge, conditional):

@@ -21,7 +21,7 @@ from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.model import Student
 from ibmd_cli.models.teachers import load_teacher
 from ibmd_cli.training.config import DistillConfig
-from ibmd_cli.training.loop import _new_student
+from ibmd_cli.training.new_student import new_student
 
 BUILTIN = "builtin:outline2emoji"
 
@@ -111,7 +111,7 @@ def test_distillation_hands_the_licence_on(tiny_teacher: Path):
     config = json.loads((tiny_teacher / "config.json").read_text())
     (tiny_teacher / "config.json").write_text(json.dumps({**config, "licence": "CC-BY-NC-SA-4.0"}))
     settings = DistillConfig(teacher=str(tiny_teacher))
-    new = _new_student(settings, load_teacher(str(tiny_teacher)))
+    new = new_student(settings, load_teacher(str(tiny_teacher)))
     assert new.config["licence"] == "CC-BY-NC-SA-4.0"
     assert ModelCard(student_card(new)).data.license == "cc-by-nc-sa-4.0"
 

@@ -1,8 +1,8 @@
 """A run cannot be lost: whatever stops it, the same command gives the student of an uninterrupted run, to the bit."""
 
-import errno
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -25,9 +25,10 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.model import Student
 from ibmd_cli.reporting import Reporter
+from ibmd_cli.training import run_folder
 from ibmd_cli.training.log import read_log
 from ibmd_cli.training.optimise import Player, Schedule
-from ibmd_cli.training.run_folder import Run
+from ibmd_cli.training.run_folder import Position, Run
 
 MEASURED = ("seconds", "images_per_second", "peak_memory_bytes")
 """What a clock or a meter says, and may differ from run to run."""
@@ -67,7 +68,7 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_run_continues_to_the_same_bit(
     arguments: list[object], whole: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ):
@@ -90,6 +91,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
 ):
     before = weights(whole)
     damage(whole / "checkpoints" / "step-000004" / name)
+    shutil.rmtree(whole / "student")
     result = distill(*arguments, "--out", whole)
     assert re.search(r"step-000004: damaged .*; trying the one before it", result.stderr), result.stderr
     assert all(torch.equal(before[key], v) for key, v in weights(whole).items())
@@ -99,6 +101,7 @@ def test_damaged_checkpoint_does_not_push_out_a_sound_one(
     arguments: list[object], whole: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With --keep 1, the one of step 3 is the only one to continue from, though a later, damaged one is there."""
+    shutil.rmtree(whole / "student")
     flip(whole / "checkpoints" / "step-000004" / "state.pt")
     command = [*arguments, "--keep", "1", "--out", whole]
     interrupt(monkeypatch, command, 1)
@@ -108,12 +111,45 @@ def test_damaged_checkpoint_does_not_push_out_a_sound_one(
     assert log(whole, MEASURED)[:3] == before
 
 
-def test_no_sound_checkpoint(arguments: list[object], whole: Path):
-    before = weights(whole)
-    for file in whole.glob("checkpoints/*/state.pt"):
+def test_no_sound_checkpoint_of_a_run_that_is_not_finished(
+    arguments: list[object], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    command = [*arguments, "--out", tmp_path / "cut"]
+    interrupt(monkeypatch, command, 3)
+    for file in (tmp_path / "cut").glob("checkpoints/*/state.pt"):
         truncate(file)
-    assert "no sound checkpoint; starting from step 0" in distill(*arguments, "--out", whole).stderr
+    assert "no sound checkpoint; starting from step 0" in distill(*command).stderr
+    assert same(whole, tmp_path / "cut")
+
+
+DAMAGES = {
+    "newest damaged": lambda out: flip(out / "checkpoints" / "step-000004" / "state.pt"),
+    "newest gone": lambda out: shutil.rmtree(out / "checkpoints" / "step-000004"),
+    "all damaged": lambda out: [truncate(file) for file in out.glob("checkpoints/*/state.pt")],
+    "all gone": lambda out: shutil.rmtree(out / "checkpoints"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_finished_run_with_damaged_checkpoints_is_left_alone(arguments: list[object], whole: Path, damage: str):
+    before = weights(whole)
+    DAMAGES[damage](whole)
+    files = {f: f.stat().st_mtime_ns for name in ("student", "previews") for f in (whole / name).iterdir()}
+    result = distill(*arguments, "--out", whole)
+    assert (result.exit_code, result.stdout.split()) == (0, [str(whole / "student")])
+    assert "its student is whole, and left alone" in result.stderr
+    assert {f: f.stat().st_mtime_ns for f in files} == files
     assert all(torch.equal(before[key], v) for key, v in weights(whole).items())
+
+
+@pytest.mark.parametrize("damage", ["all damaged", "all gone"])
+def test_finished_run_of_which_nothing_is_whole_is_not_started_anew(arguments: list[object], whole: Path, damage: str):
+    DAMAGES[damage](whole)
+    (whole / "student" / "config.json").unlink()
+    lines = log(whole)
+    with pytest.raises(IbmdError, match="neither the student nor a checkpoint is sound; to train anew, give another"):
+        distill(*arguments, "--out", whole)
+    assert log(whole) == lines
 
 
 @pytest.mark.parametrize(
@@ -154,16 +190,22 @@ def test_killed_before_the_settings_were_written(arguments: list[object], tmp_pa
     assert not list((tmp_path / "run").rglob(".ibmd-*"))
 
 
+FULL = (
+    r"checkpoints/step-000004: cannot be written \(File too large; [\d.]+ MiB are free, [\d.]+ MiB are needed\); "
+    r"the checkpoint before it is intact \(step-000002\); .* run the same command again$"
+)
+
+
 def test_disk_full_during_a_checkpoint(
     arguments: list[object], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The run stops in one line, and continues to the same bit when there is space again."""
     command = [*arguments, "--out", tmp_path / "cut"]
     interrupt(monkeypatch, command, 2)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)  # as a quota
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(IbmdError, match="step-000004: cannot be written, .* the checkpoint before it is intact"):
+        with pytest.raises(IbmdError, match=FULL):
             distill(*command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -194,9 +236,12 @@ def test_full_disk(
     interrupt(monkeypatch, command, 2)
     left = int(share * (whole / "checkpoints" / "step-000004" / "state.pt").stat().st_size)
     (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
-    with pytest.raises((IbmdError, OSError)) as caught:
+    with pytest.raises(IbmdError) as caught:
         distill(*command)
-    assert isinstance(caught.value, IbmdError) or caught.value.errno == errno.ENOSPC
+    wanted = re.match(rf"{small_disk}/cut/(.*): cannot be written \(No space left on device; ", str(caught.value))
+    assert wanted, caught.value
+    assert ".ibmd-" not in str(caught.value)
+    assert wanted[1].split("/")[0] in ("metrics.jsonl", "checkpoints", "student", "previews", "run.html")
     (small_disk / "other").unlink()
     assert "damaged (" not in distill(*command).stderr
     assert same(whole, small_disk / "cut")
@@ -217,6 +262,42 @@ def test_changed_setting_is_refused_by_name(arguments: list[object], whole: Path
         distill(*arguments, "--out", whole, "--resume", "never")
 
 
+OUTS = {  # what stands there: how it is made, what is said
+    "file": (lambda out, teacher: out.touch(), "is no folder; give another --out"),
+    "part of the path a file": (lambda out, teacher: out.parent.touch(), "is no folder; give another --out"),
+    "dangling link": (lambda out, teacher: out.symlink_to("nothing"), "is no folder; give another --out"),
+    "model folder": (lambda out, teacher: shutil.copytree(teacher, out), "its config.json is not that of a run"),
+    "other settings": (
+        lambda out, teacher: out.mkdir() or (out / "config.json").write_text('{"lr": 1}'),
+        "its config.json is not that of a run",
+    ),
+    "not JSON": (lambda out, teacher: out.mkdir() or (out / "config.json").write_text("{"), "cannot be read as JSON"),
+    "folder of images": (
+        lambda out, teacher: out.mkdir() or (out / "a.png").touch(),
+        "not empty and not a run folder; give another --out",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OUTS)
+def test_what_is_no_run_folder_is_refused_before_anything_is_read(tiny_teacher: Path, tmp_path: Path, kind: str):
+    make, message = OUTS[kind]
+    out = tmp_path / "runs" / "mine"
+    if kind != "part of the path a file":
+        out.parent.mkdir()
+    make(out, tiny_teacher)
+    with pytest.raises(IbmdError, match=message):
+        distill("--teacher", "nothing", "--data", "nothing", "--out", out)
+
+
+def test_settings_of_a_run_are_checked_before_anything_is_read(arguments: list[object], whole: Path):
+    for changed in (["--seed", 5], ["--lr", 0.5, "--nfe", 1], ["--resume", "never"]):
+        with pytest.raises(UsageError, match="other settings|holds a run already"):
+            distill(*arguments, *changed, "--teacher", "nothing", "--data", "nothing", "--out", whole)
+    with pytest.raises(UsageError, match="--resume .*: no checkpoint: expected a folder"):
+        distill(*arguments, "--teacher", "nothing", "--resume", whole / "checkpoints" / "x", "--out", whole)
+
+
 def test_foreign_folder_is_refused(arguments: list[object], tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
@@ -232,7 +313,91 @@ def test_two_commands_do_not_train_in_one_folder(arguments: list[object], whole:
     assert distill(*arguments, "--out", whole).exit_code == 0
 
 
+# ---------------------------------------------------------------------------- between updates of the bridge model
+
+
+@pytest.fixture
+def warm(arguments: list[object]) -> list[object]:
+    """The same run with a warm-up, and images that are shared."""
+    return [*arguments, "--bridge-warmup", 5, "--reuse", 2]
+
+
+@pytest.mark.parametrize("update", [1, 2, 5, 7, 8, 9])  # of the warm-up's five and of two before each student update
+def test_run_interrupted_between_bridge_updates_continues_to_the_same_bit(
+    warm: list[object], tmp_path: Path, update: int, monkeypatch: pytest.MonkeyPatch
+):
+    distill(*warm, "--out", tmp_path / "whole")
+    command = [*warm, "--out", tmp_path / "cut"]
+    interrupt(monkeypatch, command, update, player="bridge_model")
+    (newest,) = (tmp_path / "cut" / "checkpoints").glob("*-bridge-*")
+    step = 0 if update <= 7 else 1
+    assert newest.name == f"step-{step:06d}-bridge-{update:06d}"
+    result = distill(*command)
+    assert "not of step" not in result.stderr
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert log(tmp_path / "whole", MEASURED) == log(tmp_path / "cut", MEASURED)
+    names = {folder.name for folder in (tmp_path / "cut" / "checkpoints").iterdir()}
+    assert names == {"step-000002", "step-000004"}
+
+
+def test_killed_run_loses_no_more_than_one_bridge_update_where_checkpoints_are_due(
+    warm: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each attempt gets one update further, as on a machine where each is killed soon."""
+    distill(*warm, "--out", tmp_path / "whole")
+    monkeypatch.setattr(run_folder, "SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "SHARE", math.inf)
+    real, left = Player.update, [0]
+
+    class Killed(BaseException):
+        pass
+
+    def update(player: Player, step: int, compute: Callable[..., torch.Tensor]) -> float:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return real(player, step, compute)
+
+    monkeypatch.setattr(Player, "update", update)
+    command, attempts = [*warm, "--out", tmp_path / "killed"], 0
+    while True:
+        left[0], attempts = 2, attempts + 1
+        try:
+            distill(*command)
+            break
+        except Killed:
+            pass
+    assert attempts <= 5 + 4 * 3
+    assert same(tmp_path / "whole", tmp_path / "killed")
+    assert log(tmp_path / "whole", MEASURED) == log(tmp_path / "killed", MEASURED)
+
+
+def test_first_preview_is_made_once(warm: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command = [*warm, "--out", tmp_path / "run"]
+    interrupt(monkeypatch, command, 2, player="bridge_model")
+    file = tmp_path / "run" / "previews" / "step-000000.png"
+    before = file.stat().st_mtime_ns
+    interrupt(monkeypatch, command, 1, player="bridge_model")
+    assert file.stat().st_mtime_ns == before
+
+
 # ------------------------------------------------------------------------------------- losses that are not finite
+
+
+def test_run_that_trained_nothing_fails_and_says_so(
+    arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    poison(monkeypatch, lambda name, step: name == "student")
+    for _ in range(2):  # and again, when it is finished
+        with pytest.raises(IbmdError, match="nothing was learnt: all 4 updates of the student were skipped"):
+            distill(*arguments, "--out", tmp_path / "run")
+    assert "nothing was learnt" in (tmp_path / "run" / "run.html").read_text(encoding="utf-8")
+    assert "nothing was learnt" in (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8").lower()
+
+
+def test_rates_that_are_far_too_high_fail(arguments: list[object], tmp_path: Path):
+    with pytest.raises(IbmdError, match="nothing was learnt|not finite 5 times in a row"):
+        distill(*arguments, "--lr", "1e6", "--bridge-lr", "1e6", "--out", tmp_path / "run")
 
 
 def test_skipped_steps_are_counted_and_resumed_exactly(
@@ -258,7 +423,7 @@ def test_scaler_of_fp16_is_in_the_checkpoint(whole: Path, tmp_path: Path):
     assert isinstance(student, Student)
     player = Player("student", student.predictor, Accelerator(cpu=True), Schedule(0.1), steps=4, seed=0)
     saved, loaded = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (2.0**5, 2.0**16))
-    Run(tmp_path / "run", {"student": player}, student, 2, saved).save(1, 0.0)
+    Run(tmp_path / "run", {"student": player}, student, 2, saved).save(Position(1))
     assert Run(tmp_path / "run", {"student": player}, student, 2, loaded).restore("auto", Reporter(quiet=True))[0] == 1
     assert loaded.get_scale() == 2.0**5
 
@@ -359,7 +524,7 @@ def test_processes_pass_on_signals_and_exit_codes(arguments: list[object], tmp_p
     assert run.wait(600) == 130
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
-    assert newest.name == f"step-{len(lines):06d}"  # both stopped after the step, with a checkpoint
+    assert newest.name.startswith(f"step-{len(lines):06d}")  # both stopped after the update, with a checkpoint
 
 
 SKIPPING = """
