@@ -13,7 +13,7 @@ from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.method import bridges
 from ibmd_cli.method.bridges import make_bridge
-from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_step
+from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_gradient
 from ibmd_cli.method.noise import BatchStreams
 from ibmd_cli.models.model import make_setup, student_times
 from ibmd_cli.networks.predictor import make_predictor
@@ -93,5 +93,5 @@ def test_updates_of_both_networks(
         with torch.no_grad():
             x_0 = rollout(student, setup, batch, rng)
         bridge_loss(bridge_model, setup, x_0, batch, rng).backward()
-        student_step(teacher, bridge_model, student, setup, batch, rng)
+        student_gradient(teacher, bridge_model, student, setup, batch, rng)
         assert {p.grad.device.type for p in bridge_model.parameters() if p.grad is not None} == {"meta"}

@@ -14,7 +14,7 @@ from ibmd_cli.data.download import to_fetch
 from ibmd_cli.data.sources import check_sources, look_up_data, open_data, usual_fit
 from ibmd_cli.devices import free_memory
 from ibmd_cli.errors import IbmdError
-from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_step
+from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_gradient
 from ibmd_cli.method.noise import BatchStreams
 from ibmd_cli.models.model import make_setup, student_times
 from ibmd_cli.models.teachers import TeacherRef, look_up_teacher
@@ -148,7 +148,7 @@ def _seconds(
             elif kind == "bridge":
                 bridge_loss(bridge_model, setup, x_0, batch, rng).backward()
             else:
-                student_step(frozen, bridge_model, generator, setup, batch, rng, recompute=config.recompute)
+                student_gradient(frozen, bridge_model, generator, setup, batch, rng, recompute=config.recompute)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             spent[kind] = (time.perf_counter() - began) / images

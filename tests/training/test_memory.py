@@ -14,7 +14,7 @@ MEASURE = """
 import copy, sys
 import torch
 from torch.optim.swa_utils import AveragedModel
-from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_step
+from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_gradient
 from ibmd_cli.training.memory import estimate
 from ibmd_cli.devices import forget_peak, peak_memory
 from ibmd_cli.models.folder import load_model
@@ -48,7 +48,7 @@ for step in range(2):
                     x_0 = rollout(student, setup, batch, rng)
                 bridge_loss(bridge_model, setup, x_0, batch, rng).backward()
             else:
-                student_step(teacher, bridge_model, student, setup, batch, rng, recompute=recompute)
+                student_gradient(teacher, bridge_model, student, setup, batch, rng, recompute=recompute)
         optimizer.step()
         optimizer.zero_grad()
 print((expected.fixed + images * expected.per_image) / (peak_memory(cpu) - start))
