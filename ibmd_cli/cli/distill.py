@@ -20,24 +20,18 @@ from ibmd_cli.training.config import CONTENTS, DistillConfig, resolve
 class DistillRun(Record):
     """Where a distillation runs and what becomes of it; what is learnt does not depend on it."""
 
-    out: Path | None = setting(
-        None,
-        "Run folder: checkpoints, log, run.html and the student",
-        "Run folder",
-        metavar="FOLDER",
-        shown="runs/TEACHER",
-        also=("output", "output-dir", "out-dir", "o", "run", "logdir"),
-    )
-    resume: str = setting(
-        "auto", "auto, never, or a checkpoint", "Run folder", metavar="HOW", also=("continue", "restart")
-    )
-    processes: str = setting(
-        "1", "Processes to train with: a number, or all (one a GPU)", "Run", metavar="N|all", also=("gpus", "nproc")
-    )
+    # fmt: off
+    out: Path | None = setting(None, "Run folder: checkpoints, log, run.html and the student", "Run folder",
+        metavar="FOLDER", shown="runs/TEACHER", also=("output", "output-dir", "out-dir", "o", "run", "logdir"))
+    resume: str = setting("auto", "auto, never, or a checkpoint", "Run folder", metavar="HOW",
+        also=("continue", "restart"))
+    processes: str = setting("1", "Processes to train with: a number, or all (one a GPU)", "Run", metavar="N|all",
+        also=("gpus", "nproc"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", "Run", also=("gpu", "cuda", "cpu"))
     yes: bool = setting(False, "Fetch data without asking", "Data", flags=("--yes", "-y"))
     list_teachers: bool = setting(False, "List the known teachers and exit", "Teacher", flags=("--list-teachers",))
     dry_run: bool = setting(False, "Show the plan and exit", "Run", flags=("--dry-run",), also=("plan", "check"))
+    # fmt: on
 
 
 @command(
@@ -82,6 +76,5 @@ def distill(given: Annotated[Given, DistillConfig], run: DistillRun, common: Com
             print_json({"schema": 1, "student": str(student)})
         else:
             typer.echo(str(student))
-        reporter.note(
-            f"made {student}; see {out / 'run.html'}; next: ibmd sample drawing.png --student {quote(str(out))}"
-        )
+        reporter.note(f"made {student}; {out / 'run.html'} shows how it went")
+        reporter.note(f"next: ibmd sample drawing.png --student {quote(str(out))}")

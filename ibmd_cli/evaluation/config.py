@@ -15,67 +15,41 @@ _models, _data, _metrics, _run = (partial(setting, panel=panel) for panel in ("M
 class EvalConfig(Record):
     """What is evaluated, and how."""
 
-    student: tuple[str, ...] = _models(
-        (BUILTIN,),
-        "builtin:NAME, a model folder or a run folder (repeatable); or none",
-        metavar="REF",
-        also=("model", "checkpoint", "run"),
-    )
-    teacher: str | None = _models(
-        None, "Teacher to compare with, or none", metavar="REF", shown="the one that the student was distilled from"
-    )
-    teacher_nfe: tuple[int, ...] = _models(
-        (1, 5, 20, 100), "Network calls of the teacher", metavar="N,...", at_least=1, also=("nfe", "steps")
-    )
+    # fmt: off
+    student: tuple[str, ...] = _models((BUILTIN,), "builtin:NAME, a model folder or a run folder (repeatable); or none",
+        metavar="REF", also=("model", "checkpoint", "run"))
+    teacher: str | None = _models(None, "Teacher to compare with, or none", metavar="REF",
+        shown="the one that the student was distilled from")
+    teacher_nfe: tuple[int, ...] = _models((1, 5, 20, 100), "Network calls of the teacher", metavar="N,...", at_least=1,
+        also=("nfe", "steps"))
     preset: str | None = _models(None, "The published teacher that the file of --teacher is", metavar="ALIAS")
-    data: str | None = _data(
-        None,
-        "builtin:NAME, a folder with source/ and target/, or, with --degrade, a folder of clean images",
-        metavar="DATA",
-        shown="the embedded test pairs",
-        also=("input", "pairs", "dataset"),
-    )
+    data: str | None = _data(None,
+        "builtin:NAME, a folder with source/ and target/, or, with --degrade, a folder of clean images", metavar="DATA",
+        shown="the embedded test pairs", also=("input", "pairs", "dataset"))
     degrade: str | None = _data(None, "Make sources of clean images, e.g. jpeg-10; none: they are pairs")
     masks: str = _data("", "File of free-form masks (.npz)", metavar="FILE")
     labels: str = _data("", "CSV file of PATH,CLASS", metavar="FILE")
-    fit: str = _data(
-        "none",
-        "Pairs of another size: refused (none), or brought to the size as ibmd sample and distill do",
-        metavar="HOW",
-        choices=("none", "pad", "stretch", "crop"),
-    )
-    protocol: str | None = _metrics(
-        None, "Measure as published: ddbm-e2h, ddbm-diode, dbim-inpaint, i2sb-sr or i2sb-restore"
-    )
-    metrics: tuple[str, ...] = _metrics(
-        (),
-        "What to measure (repeatable), e.g. fid,lpips_vgg",
-        flags=("--metric",),
-        metavar="NAME,...",
-        shown="what needs no download",
-        commas=True,
-        also=("metrics",),
-    )
-    weights: tuple[Path, ...] = _metrics(
-        (), "File or folder of weights of Inception, VGG16, ... (repeatable)", metavar="PATH"
-    )
+    fit: str = _data("none",
+        "Pairs of another size: refused (none), or brought to the size as ibmd sample and distill do", metavar="HOW",
+        choices=("none", "pad", "stretch", "crop"))
+    protocol: str | None = _metrics(None,
+        "Measure as published: ddbm-e2h, ddbm-diode, dbim-inpaint, i2sb-sr or i2sb-restore")
+    metrics: tuple[str, ...] = _metrics((), "What to measure (repeatable), e.g. fid,lpips_vgg", flags=("--metric",),
+        metavar="NAME,...", shown="what needs no download", commas=True, also=("metrics",))
+    weights: tuple[Path, ...] = _metrics((), "File or folder of weights of Inception, VGG16, ... (repeatable)",
+        metavar="PATH")
     fetch: bool = _metrics(False, "Download weights that are not there", also=("download",))
-    reference: Path | None = _metrics(
-        None, "Reference of the FID: .npz file or folder", metavar="PATH", shown="the targets"
-    )
-    samples: int | None = _metrics(
-        None, "Samples for each source", at_least=1, shown="4; 1 with --protocol", also=("variants", "num-samples", "n")
-    )
+    reference: Path | None = _metrics(None, "Reference of the FID: .npz file or folder", metavar="PATH",
+        shown="the targets")
+    samples: int | None = _metrics(None, "Samples for each source", at_least=1, shown="4; 1 with --protocol",
+        also=("variants", "num-samples", "n"))
     seeds: int = _metrics(1, "Times that all samples are drawn, to tell how results vary", at_least=1)
     batch_size: int = _run(64, "Images at a time", at_least=1, also=("batch", "bs", "b"))
     seed: int = _run(0, "Seed of all randomness")
     device: str = _run("auto", "auto, cpu, cuda, cuda:N or mps", also=("gpu", "cuda", "cpu"))
-    out: Path | None = _run(
-        None,
-        "Folder for report.html, results.json and pictures; the same command again continues",
-        metavar="FOLDER",
-        also=("output", "report", "o"),
-    )
+    out: Path | None = _run(None, "Folder for report.html, results.json and pictures; the same command again continues",
+        metavar="FOLDER", also=("output", "report", "o"))
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant together."""

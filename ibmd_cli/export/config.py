@@ -35,50 +35,28 @@ _file, _hub, _run = (partial(setting, panel=panel) for panel in ("File", "Hub", 
 class ExportConfig(Record):
     """What is to be exported. `files` tells which files that is; each is exported with a record of its own."""
 
-    student: str = _file(
-        STUDENT, "builtin:NAME, a model folder or a run folder", metavar="REF", also=("model", "checkpoint", "run")
-    )
-    format: str | None = _file(
-        None,
-        "safetensors, onnx, torch-export (.pt2) or web (.html: a page to draw on)",
-        shown="by the output's name, or safetensors",
-        choices=tuple(FORMATS),
-        also=("to", "type"),
-    )
-    dtype: str = _file(
-        "fp32",
+    # fmt: off
+    student: str = _file(STUDENT, "builtin:NAME, a model folder or a run folder", metavar="REF",
+        also=("model", "checkpoint", "run"))
+    format: str | None = _file(None, "safetensors, onnx, torch-export (.pt2) or web (.html: a page to draw on)",
+        shown="by the output's name, or safetensors", choices=tuple(FORMATS), also=("to", "type"))
+    dtype: str = _file("fp32",
         "Numbers of the weights: fp32, fp16, bf16, or int8 for onnx and web; the file computes in float32",
-        choices=("fp32", "fp16", "bf16", "int8"),
-        also=("precision", "quantize", "half"),
-    )
-    output: Path | None = _file(
-        None,
-        "File; a folder with --all",
-        flags=("--output", "-o"),
-        metavar="PATH",
-        shown="STUDENT-DTYPE.safetensors",
-        also=("out", "to"),
-    )
+        choices=("fp32", "fp16", "bf16", "int8"), also=("precision", "quantize", "half"))
+    output: Path | None = _file(None, "File; a folder with --all", flags=("--output", "-o"), metavar="PATH",
+        shown="STUDENT-DTYPE.safetensors", also=("out", "to"))
     everything: bool = _file(False, "Write every format with every dtype, and compare them", flags=("--all",))
     opset: int | None = _file(None, "Version of ONNX's operators, 18 to 20", shown="20", also=("opset-version",))
     noise_inside: bool = _file(False, "Have the file draw its noise itself, so that it takes images alone")
-    on_exists: str = _file(
-        "error",
-        "If an output exists: error or overwrite",
-        metavar="DO",
-        choices=("error", "overwrite"),
-        also=("overwrite", "force"),
-    )
-    push_to: str | None = _hub(
-        None,
-        "Upload the model folder and its card to the Hub instead",
-        metavar="OWNER/REPO",
-        also=("push", "push-to-hub", "repo", "upload"),
-    )
+    on_exists: str = _file("error", "If an output exists: error or overwrite", metavar="DO",
+        choices=("error", "overwrite"), also=("overwrite", "force"))
+    push_to: str | None = _hub(None, "Upload the model folder and its card to the Hub instead", metavar="OWNER/REPO",
+        also=("push", "push-to-hub", "repo", "upload"))
     public: bool = _hub(False, "Make the repository public", flags=("--public",))
     results: Path | None = _hub(None, "results.json of ibmd eval, for the card's figures and grid", metavar="FILE")
     dry_run: bool = _hub(False, "Show what would be uploaded, and the card", flags=("--dry-run",))
     seed: int = _run(0, "Seed of the noise with which file and student are compared")
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant together."""

@@ -22,112 +22,61 @@ _input, _output, _model, _size, _run = (
 class SampleConfig(Record):
     """What `ibmd sample` is asked for."""
 
-    inputs: tuple[str, ...] = _input(
-        (),
-        "File, folder or glob (repeatable); - for an image on stdin",
-        flags=("--input", "-i", "PATH"),
-        metavar="PATH",
-        also=("data", "image", "images", "source", "in"),
-    )
+    # fmt: off
+    inputs: tuple[str, ...] = _input((), "File, folder or glob (repeatable); - for an image on stdin",
+        flags=("--input", "-i", "PATH"), metavar="PATH", also=("data", "image", "images", "source", "in"))
     files_from: str | None = _input(None, "File with a list of paths, one a line; - for stdin", metavar="FILE")
     null: bool = _input(False, "Paths in that list end in NUL, not in a new line", flags=("--null", "-0"))
     recursive: bool = _input(False, "Search folders in folders, too", flags=("--recursive", "-r"))
     max_pixels: int = _input(100_000_000, "Refuse images of more pixels", at_least=1)
     degrade: str | None = _input(None, "Inputs are clean: degrade them first, e.g. jpeg-10")
-    mask: str | None = _input(
-        None, "Hole (white) to fill in: a file, a folder of files, or center", metavar="PATH", also=("masks",)
-    )
-    label: str | None = _input(
-        None, "Class, or a CSV file of PATH,CLASS, for models with classes", metavar="N|FILE", also=("labels", "class")
-    )
-    output: str | None = _output(
-        None,
-        "File, folder, or - for image bytes on stdout",
-        flags=("--output", "-o"),
-        metavar="PATH",
-        shown="NAME.ibmd.png beside the input",
-        also=("out", "out-dir", "output-dir", "to"),
-    )
-    on_exists: str = _output(
-        "error",
-        "If an output exists: error, skip (continues an interrupted run) or overwrite",
-        metavar="DO",
-        choices=("error", "skip", "overwrite"),
-        also=("overwrite", "skip", "force", "exist-ok"),
-    )
-    keep_suffix: bool = _output(
-        False,
-        "Keep another ending of an input in its output's name: photo.avif.png",
-        flags=("--keep-suffix",),
-        also=("keep-extension", "keep-ext"),
-    )
-    metadata: str = _output(
-        "keep",
+    mask: str | None = _input(None, "Hole (white) to fill in: a file, a folder of files, or center", metavar="PATH",
+        also=("masks",))
+    label: str | None = _input(None, "Class, or a CSV file of PATH,CLASS, for models with classes", metavar="N|FILE",
+        also=("labels", "class"))
+    output: str | None = _output(None, "File, folder, or - for image bytes on stdout", flags=("--output", "-o"),
+        metavar="PATH", shown="NAME.ibmd.png beside the input", also=("out", "out-dir", "output-dir", "to"))
+    on_exists: str = _output("error", "If an output exists: error, skip (continues an interrupted run) or overwrite",
+        metavar="DO", choices=("error", "skip", "overwrite"), also=("overwrite", "skip", "force", "exist-ok"))
+    keep_suffix: bool = _output(False, "Keep another ending of an input in its output's name: photo.avif.png",
+        flags=("--keep-suffix",), also=("keep-extension", "keep-ext"))
+    metadata: str = _output("keep",
         "Metadata of the input: keep camera, time, copyright, XMP and profile (never place, thumbnail, orientation), "
-        "or drop",
-        metavar="DO",
-        choices=("keep", "drop"),
-        also=("exif", "strip", "keep-metadata", "no-metadata"),
-    )
-    variants: int = _output(
-        1, "Pictures of each input: NAME.ibmd.1.png, ...", at_least=1, also=("n", "num-samples", "samples", "count")
-    )
+        "or drop", metavar="DO", choices=("keep", "drop"), also=("exif", "strip", "keep-metadata", "no-metadata"))
+    variants: int = _output(1, "Pictures of each input: NAME.ibmd.1.png, ...", at_least=1,
+        also=("n", "num-samples", "samples", "count"))
     grid: str | None = _output(None, "Contact sheet of inputs and results", metavar="FILE", also=("sheet",))
-    format: str | None = _output(
-        None, "png, jpg, webp, tiff, bmp or avif", shown="by the output's name, or png", also=("ext", "extension")
-    )
-    quality: int | None = _output(
-        None,
-        "1 to 100, for jpg, webp and avif",
-        at_least=1,
-        at_most=100,
-        shown="95 for jpg, lossless webp, 90 for avif",
-    )
+    format: str | None = _output(None, "png, jpg, webp, tiff, bmp or avif", shown="by the output's name, or png",
+        also=("ext", "extension"))
+    quality: int | None = _output(None, "1 to 100, for jpg, webp and avif", at_least=1, at_most=100,
+        shown="95 for jpg, lossless webp, 90 for avif")
     as_json: bool = _output(False, "Print a line of JSON for each picture", flags=("--json",))
     print0: bool = _output(False, "End the paths on stdout in NUL, for xargs -0", flags=("--print0",))
-    student: str | None = _model(
-        None,
-        "builtin:NAME, hf://OWNER/REPO, a model folder, a run folder, or a file that ibmd export wrote",
-        metavar="REF",
-        shown=STUDENT,
-        also=("model", "checkpoint", "run"),
-    )
+    student: str | None = _model(None,
+        "builtin:NAME, hf://OWNER/REPO, a model folder, a run folder, or a file that ibmd export wrote", metavar="REF",
+        shown=STUDENT, also=("model", "checkpoint", "run"))
     teacher: str | None = _model(None, "Translate with this teacher instead, to compare", metavar="REF")
     preset: str | None = _model(None, "The published teacher that the file of --teacher is", metavar="ALIAS")
     head_channels: int | None = _model(None, "Channels per attention head", at_least=1, shown="as the family")
-    attention_order: str | None = _model(
-        None, "Order of a file's attention: new or legacy", choices=("new", "legacy"), shown="as the family"
-    )
+    attention_order: str | None = _model(None, "Order of a file's attention: new or legacy", choices=("new", "legacy"),
+        shown="as the family")
     sampler: str | None = _model(None, "Sampler of the teacher: ddbm, dbim or i2sb", shown="the teacher's own")
-    sampler_options: tuple[str, ...] = _model(
-        (), "Option of the sampler, e.g. eta=0 (repeatable)", flags=("--sampler-option",), metavar="KEY=VALUE"
-    )
-    nfe: int | None = _model(
-        None, "Network calls per image", at_least=1, shown="the model's", also=("steps", "num-steps", "calls")
-    )
+    sampler_options: tuple[str, ...] = _model((), "Option of the sampler, e.g. eta=0 (repeatable)",
+        flags=("--sampler-option",), metavar="KEY=VALUE")
+    nfe: int | None = _model(None, "Network calls per image", at_least=1, shown="the model's",
+        also=("steps", "num-steps", "calls"))
     seed: int = _model(0, "Seed of all randomness: another seed, another picture")
-    fit: str = _size(
-        "pad",
+    fit: str = _size("pad",
         "Bring inputs to the model's square: pad, stretch, crop, or tile (many squares, for restoration)",
-        metavar="HOW",
-        choices=("pad", "stretch", "crop", "tile"),
-        also=("resize", "tile", "crop", "pad"),
-    )
-    restore_size: bool = _size(
-        False,
-        "Give results the size of their inputs, not the model's",
-        also=("size", "width", "height", "resolution", "scale", "keep-size", "original-size"),
-    )
-    alpha: str = _size(
-        "white",
-        "Transparency: lay on white, keep, or drop",
-        metavar="HOW",
-        choices=("white", "keep", "drop"),
-        also=("transparency",),
-    )
+        metavar="HOW", choices=("pad", "stretch", "crop", "tile"), also=("resize", "tile", "crop", "pad"))
+    restore_size: bool = _size(False, "Give results the size of their inputs, not the model's",
+        also=("size", "width", "height", "resolution", "scale", "keep-size", "original-size"))
+    alpha: str = _size("white", "Transparency: lay on white, keep, or drop", metavar="HOW",
+        choices=("white", "keep", "drop"), also=("transparency",))
     batch_size: int = _run(16, "Images at a time on a GPU", at_least=1, also=("batch", "bs", "b"))
     device: str = _run("auto", "auto, cpu, cuda, cuda:N or mps", also=("gpu", "cuda", "cpu"))
     fail_fast: bool = _run(False, "Stop at the first image that fails", flags=("--fail-fast",))
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant together."""

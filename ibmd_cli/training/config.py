@@ -31,101 +31,62 @@ CONTENTS = "contents of the file"
 class DistillConfig(Record):
     """What a distillation is made with."""
 
-    teacher: str = _teacher(
-        "builtin:outline2emoji",
-        "builtin:NAME, hub:ALIAS, hf://OWNER/REPO, a model folder, or a published checkpoint",
-        metavar="REF",
-        also=("model", "checkpoint"),
-    )
+    # fmt: off
+    teacher: str = _teacher("builtin:outline2emoji",
+        "builtin:NAME, hub:ALIAS, hf://OWNER/REPO, a model folder, or a published checkpoint", metavar="REF",
+        also=("model", "checkpoint"))
     preset: str = _teacher("", "The published teacher that the file of --teacher is", metavar="ALIAS", also=("alias",))
-    data: tuple[str, ...] = _data(
-        (),
+    data: tuple[str, ...] = _data((),
         "Folder of source images (repeatable), builtin:NAME, dataset:NAME or hf://datasets/OWNER/NAME; preset: the "
-        "teacher's own data, fetched",
-        metavar="DATA",
-        also=("input", "sources", "dataset", "images"),
-        shown="the teacher's, if known",
-    )
+        "teacher's own data, fetched", metavar="DATA", also=("input", "sources", "dataset", "images"),
+        shown="the teacher's, if known")
     degrade: str = _data("", "Make sources of clean images, e.g. jpeg-10; none: they are sources")
-    layout: str = _data(
-        "", "Files are pairs with the source left (ab) or right (ba), or normals", choices=("", "ab", "ba", "normals")
-    )
-    fit: str = _data(
-        "",
-        "What becomes of images that are not square: padded, stretched or cropped",
-        choices=("", "pad", "stretch", "crop"),
-        shown="pad, as ibmd sample does; crop for photos that are degraded",
-    )
+    layout: str = _data("", "Files are pairs with the source left (ab) or right (ba), or normals",
+        choices=("", "ab", "ba", "normals"))
+    fit: str = _data("", "What becomes of images that are not square: padded, stretched or cropped",
+        choices=("", "pad", "stretch", "crop"), shown="pad, as ibmd sample does; crop for photos that are degraded")
     labels: str = _data("", "CSV file of PATH,CLASS for teachers with classes", metavar="FILE", shown="folders' names")
     masks: str = _data("", "File of free-form masks (.npz)", metavar="FILE")
-    workers: int = _data(
-        -1,
-        "Processes that read images ahead; 0: none",
-        metavar="N",
-        at_least=-1,
-        shown="by the cores",
-        changeable=True,
-        also=("num-workers",),
-    )
+    workers: int = _data(-1, "Processes that read images ahead; 0: none", metavar="N", at_least=-1,
+        shown="by the cores", changeable=True, also=("num-workers",))
     nfe: int = _student(1, "Network calls of the student per image", at_least=1, also=("calls", "n", "num-steps"))
-    timesteps: tuple[float, ...] = _student(
-        (), "Times of these calls, from T down, e.g. 1,0.4", metavar="T,...", shown="evenly spaced"
-    )
+    timesteps: tuple[float, ...] = _student((), "Times of these calls, from T down, e.g. 1,0.4", metavar="T,...",
+        shown="evenly spaced")
     init: str = _student("", "Student to start from", metavar="REF", shown="the teacher")
     noise: bool = _student(True, "Give the student noise, to draw varied results")
     noise_channels: int = _student(3, "Channels of z", at_least=1, flags=())
-    steps: int = _training(
-        3000, "Student updates, K", at_least=1, also=("epochs", "epoch", "iterations", "iters", "max-steps", "updates")
-    )
+    steps: int = _training(3000, "Student updates, K", at_least=1,
+        also=("epochs", "epoch", "iterations", "iters", "max-steps", "updates"))
     bridge_steps: int = _training(5, "Bridge-model updates for each of them, L", at_least=1)
     batch_size: int = _training(256, "Images per update", at_least=1, also=("batch", "bs", "b"))
     lr: float = _training(5e-5, "Learning rate of the student", above=0, also=("learning-rate", "rate"))
     bridge_lr: float = _training(5e-5, "Learning rate of the bridge model", above=0)
     lr_warmup: int = _training(0, "Student updates of linear warm-up", at_least=0, flags=())
-    lr_decay: str = _training(
-        "none", "Decay of both rates over the run", choices=("none", "linear", "cosine"), flags=()
-    )
+    lr_decay: str = _training("none", "Decay of both rates over the run", choices=("none", "linear", "cosine"),
+        flags=())
     betas: tuple[float, float] = _training((0.9, 0.999), "Betas of Adam, both networks", at_least=0, below=1, flags=())
     clip: float = _training(0.0, "Largest gradient norm of the student; 0: none", at_least=0, flags=())
     flip: bool = _training(True, "Mirror sources at random", flags=())
     ema: float = _training(0.99, "Decay of the student's average", at_least=0, below=1, also=("ema-decay",))
-    precision: str = _training(
-        "fp32",
-        "fp32, bf16 or fp16",
-        choices=("fp32", "bf16", "fp16"),
-        also=("dtype", "mixed-precision", "fp16", "bf16"),
-    )
+    precision: str = _training("fp32", "fp32, bf16 or fp16", choices=("fp32", "bf16", "fp16"),
+        also=("dtype", "mixed-precision", "fp16", "bf16"))
     seed: int = _training(0, "Seed of all randomness", at_least=0)
-    micro_batch: int | str = _memory(
-        0,
-        "Images at a time in each process; 0: all; auto: as many as memory holds",
-        metavar="N",
-        at_least=0,
-        choices=(AUTO,),
-        changeable=True,
-        also=("gradient-accumulation", "accumulate"),
-    )
-    memory: float = _memory(
-        0.0, "Memory that auto may use", metavar="GIB", at_least=0, shown="most of the free", changeable=True
-    )
-    checkpointing: bool = _memory(
-        False,
-        "Recompute activations, to save memory",
-        changeable=True,
-        also=("gradient-checkpointing",),
-    )
+    micro_batch: int | str = _memory(0, "Images at a time in each process; 0: all; auto: as many as memory holds",
+        metavar="N", at_least=0, choices=(AUTO,), changeable=True, also=("gradient-accumulation", "accumulate"))
+    memory: float = _memory(0.0, "Memory that auto may use", metavar="GIB", at_least=0, shown="most of the free",
+        changeable=True)
+    checkpointing: bool = _memory(False, "Recompute activations, to save memory", changeable=True,
+        also=("gradient-checkpointing",))
     compile: bool = _memory(False, "Compile the networks first (torch.compile)", changeable=True)
     fsdp: bool = _memory(False, "Split the networks over the processes", changeable=True)
     checkpoint_every: int = _folder(100, "Student updates between checkpoints", at_least=1, changeable=True)
     preview_every: int = _folder(100, "Student updates between previews", at_least=1, changeable=True)
     keep: int = _folder(2, "Checkpoints to keep", at_least=1, changeable=True)
-    track: str = _folder(
-        "", "Send the log to tensorboard or wandb, too", choices=("", "tensorboard", "wandb"), changeable=True
-    )
+    track: str = _folder("", "Send the log to tensorboard or wandb, too", choices=("", "tensorboard", "wandb"),
+        changeable=True)
     head_channels: int = _research(0, "Channels per attention head", at_least=0, shown="as the family")
-    attention_order: str = _research(
-        "", "Order of a checkpoint's attention: new or legacy", choices=("", "new", "legacy"), shown="as the family"
-    )
+    attention_order: str = _research("", "Order of a checkpoint's attention: new or legacy",
+        choices=("", "new", "legacy"), shown="as the family")
     # The paper has no warm-up, new images for each update, independent uniform times, one z per pixel whose weights
     # start at 0, and the teacher's own weighting: the defaults. Other values differ from it.
     bridge_warmup: int = _research(0, "Bridge-model updates before all others", at_least=0)
@@ -136,6 +97,7 @@ class DistillConfig(Record):
     t_even: bool = _research(False, "Spread the times of a batch evenly")
     weight_power: float = _research(2.0, "Weight of time t: c_out(t) to minus this", at_least=0)
     recompute: bool = _research(True, "Run the student twice, to save memory", changeable=True)
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
