@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ibmd_cli.errors import IbmdError
+from ibmd_cli.files import sha256
 from ibmd_cli.models import FORMAT_VERSION
 
 INPUTS = ("x_T", "z", "eps", "mask", "label")
@@ -103,6 +104,10 @@ class ExportedStudent(ABC):
         given = {"x_T": x_T, "mask": mask, "label": label}
         given |= {name: np.concatenate(parts, axis=1) for name, parts in (("z", z), ("eps", eps)) if parts}
         return self.run({name: np.ascontiguousarray(given[name]) for name in self.inputs})[0]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file."""
+        return sha256(self.file)
 
     def fill_hole(self, x_T: np.ndarray, mask: np.ndarray, rng: Sequence[Draw]) -> np.ndarray:
         """Fill the holes of sources as the student expects them, before `translate`; see `degradations.fill_hole`."""

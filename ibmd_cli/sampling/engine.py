@@ -49,6 +49,10 @@ class TorchEngine:
         self.place = next(model.predictor.parameters()).device
         self.device = str(self.place)
 
+    def digest(self) -> str:
+        """Return the SHA-256 of the file with the weights; nothing if they come from none."""
+        return self.model.digest() if self.model.weights else ""
+
     def stream(self, seed: int, *place: int | str) -> torch.Generator:
         """Return the random stream of a place."""
         return stream(seed, *place)

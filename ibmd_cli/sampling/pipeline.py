@@ -72,6 +72,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
                 results.skip(job)
             inputs = _together(process, gather, lambda: _prepare(config, reporter) if plan.jobs else None)
             if inputs is not None:
+                results.model = {"model": _name(config), "model_sha256": inputs.translator.engine.digest()}
                 _work(plan.jobs, inputs, config, results)
         except KeyboardInterrupt:
             reporter.warn(f"interrupted: {results.summary()}; the same command with --on-exists skip does the rest")
@@ -79,11 +80,14 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
         except Stop:
             reporter.note(f"stopped: {results.summary()}")
             return 1
+        results.warn_of_unlike()
         counts = gather((results.done, results.skipped, results.failed))
     if process > 0 and len(counts) > 1:
         return 0  # the first tells
     results.done, results.skipped, results.failed = map(sum, zip(*counts, strict=True))
     reporter.note(results.summary())
+    if inputs is not None and results.done:
+        reporter.note(_how_to_go_on(config, inputs.translator))
     return 3 if results.failed else 0
 
 
@@ -105,6 +109,11 @@ def _together(process: int, gather: AllGather, do: Callable[[], T]) -> T:
 def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
     """Load the model, and check the settings against it."""
     engine = _load(config, reporter.quiet)
+    if config.fit == "tile" and not _tiles(engine, config):
+        raise UsageError(
+            f"--fit tile: {engine.name} ({engine.config.get('task')}) must see a whole image at once: choose pad, crop "
+            'or stretch; or, if each part can stand alone, set "tiles": true in section "image" of its config.json'
+        )
     own = engine.config.get("degradation")
     if config.degrade and own and config.degrade != own:
         reporter.warn(f"--degrade {config.degrade}: {engine.name} was trained with {own}")
@@ -122,6 +131,12 @@ def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
         f"{_size(config, translator)}"
     )
     return Inputs(config, translator)
+
+
+def _tiles(engine: Engine, config: SampleConfig) -> bool:
+    """Tell whether a model may see parts of an image: as it says, or if it restores what each part shows."""
+    restores = engine.config.get("degradation") or engine.config.get("mask") or engine.source_scale > 1
+    return bool(engine.config["image"].get("tiles", restores or config.degrade))
 
 
 def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: Results) -> None:
@@ -147,7 +162,7 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: Re
                         translator.advance = meter.advance
                     yield job
 
-        outputs = _Outputs(config, translator, claims, sheet, stream)
+        outputs = _Outputs(config, translator, claims, sheet, stream, results.model["model_sha256"])
         try:
             for job in translator.run(ready()):
                 waiting.append(writers.submit(outputs.write, job))
@@ -243,10 +258,20 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
 
 def _size(config: SampleConfig, translator: Translator) -> str:
     if config.restore_size:
-        return "results in the size of their inputs"
+        return f"results of {translator.side}×{translator.side} pixels, scaled to the size of their inputs"
     if config.fit == "tile":
         return f"results {translator.scale} times the size of their inputs"
     return f"results of {translator.side}×{translator.side} pixels"
+
+
+def _how_to_go_on(config: SampleConfig, translator: Translator) -> str:
+    """Say in what size results came out, and how to get others."""
+    side, other = translator.side, f"other results: --seed {config.seed + 1}, or --variants 4"
+    if config.fit == "tile":
+        return other
+    if config.restore_size:
+        return f"made at {side}×{side} pixels and scaled, so lines finer than that are blurred; {other}"
+    return f"results have the model's {side}×{side} pixels (--restore-size scales them to their inputs' size); {other}"
 
 
 # ----------------------------------------------------------------------------------------------------- outputs
@@ -261,12 +286,14 @@ class _Outputs:
         translator: Translator,
         claims: Claims,
         sheet: Sheet | None,
-        stream: BinaryIO | None = None,
+        stream: BinaryIO | None,
+        sha256: str,
     ) -> None:
         self.config, self.translator, self.claims, self.sheet = config, translator, claims, sheet
         self.stream, self.budget = stream, Budget()
         nfe = translator.engine.nfe
-        self.made_by = f"ibmd {__version__} {shown(_name(config))} nfe={nfe} seed={config.seed}"
+        model = f"{shown(_name(config))} sha256={sha256[:16]}"
+        self.made_by = f"ibmd {__version__} {model} nfe={nfe} seed={config.seed}"
 
     def write(self, job: Job) -> Job:
         """Encode a picture and write it; returns the job, with the error if that fails."""
@@ -292,7 +319,7 @@ class _Outputs:
         """Return the bytes of the finished picture, its size, and its thumbnail for the sheet."""
         image = self.translator.finish(job)
         dpi = job.dpi if image.size == job.size else None
-        made_by = f"{self.made_by} variant={job.variant}"
+        made_by = f"{self.made_by} variant={job.variant} name={shown(job.name)}"
         data = encode(image, self.config.suffix, self.config.quality, dpi, job.metadata, made_by)
         return data, image.size, thumbnail(image) if self.sheet is not None else None
 

@@ -47,6 +47,7 @@ class Job:
         error: why it is not made.
         size: (width, height) of the input, as soon as it is read.
         notes: what is to be said of the input.
+        unlike: what the input is if the model was not made for it, see `read.unlike`.
         dpi: see `decode.Picture`.
         metadata: what the output is to say of its input.
         before: the input, small, for the contact sheet.
@@ -71,6 +72,7 @@ class Job:
     error: IbmdError | None = None
     size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    unlike: str = ""
     dpi: tuple[float, float] | None = None
     metadata: Metadata = Metadata()
     before: Image.Image | None = None

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path, PurePath
 
+import numpy as np
 from PIL import Image
 
 from ibmd_cli.claims import Claims
@@ -66,6 +67,7 @@ class Inputs:
         first = jobs[0]
         picture = self._picture(first.source)
         read = replace(first, size=picture.rgb.size, notes=picture.notes, dpi=picture.dpi)
+        read.unlike = unlike(picture.rgb) if self.translator.draws else ""
         if self.config.metadata == "keep":
             read.metadata = picture.metadata
         read.before = thumbnail(picture.rgb) if self.config.grid else None
@@ -119,3 +121,15 @@ def _labels(label: str | None) -> int | dict[str, int] | None:
     if label is None or label.lstrip("-").isdigit():
         return None if label is None else int(label)
     return read_labels(label, "--label")
+
+
+def unlike(image: Image.Image) -> str:
+    """Say what an image is that is no drawing of dark lines on light paper; nothing if it is one."""
+    small = image.resize((64, 64), Image.Resampling.BOX)
+    grey, colours = np.asarray(small.convert("L")).astype(int), np.asarray(small).astype(int)
+    if grey.max() - grey.min() < 16:
+        return "empty"
+    if np.median(grey) < 96 and (grey > 160).mean() < 0.4:
+        return "light on dark" if (grey < 96).mean() > 0.6 else "photo"
+    coloured = np.median(colours.max(2) - colours.min(2)) > 32
+    return "photo" if coloured or (grey > 192).mean() < 0.4 else ""

@@ -6,11 +6,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.images.decode import shown
 from ibmd_cli.reporting import Meter, Reporter
 from ibmd_cli.sampling.config import SampleConfig
 from ibmd_cli.sampling.plan import Job
+
+UNLIKE = {
+    "empty": ("shows nothing", "give a drawing"),
+    "light on dark": ("is light on dark", "invert it, e.g. magick IN -negate OUT"),
+    "photo": ("looks like a photo, or a page in shadow or colour", "give a scan, or its lines alone"),
+}
+"""Kind of an input that a model of drawings was not made for → what it is, and what mends it."""
 
 
 class Appeared(IbmdError):
@@ -33,6 +41,8 @@ class Results:
         self.done = self.skipped = self.failed = 0
         self.failures: set[tuple[Path | None, str]] = set()  # inputs
         self.said = set[str]()
+        self.unlike: dict[str, list[str]] = {}  # kind → inputs
+        self.model = {"model": "", "model_sha256": ""}
         self.told: Job | None = None
         self.on_terminal = sys.stdout is not None and sys.stdout.isatty()
 
@@ -50,7 +60,17 @@ class Results:
         for note in set(jobs[-1].notes) - self.said:  # of each kind, one
             self.said.add(note)
             self.reporter.note(f"{shown(jobs[-1].path)}: {note}")
+        if jobs[-1].unlike:
+            self.unlike.setdefault(jobs[-1].unlike, []).append(jobs[-1].path)
         return [job for job in jobs if not (job.skipped or job.error)]
+
+    def warn_of_unlike(self) -> None:
+        """Tell of inputs that the model was not made for, once for each kind."""
+        for kind, paths in self.unlike.items():
+            is_what, mend = UNLIKE[kind]
+            first = f"{shown(paths[0])} {is_what}" if len(paths) == 1 else f"{len(paths)} inputs, as {shown(paths[0])}"
+            verb = "" if len(paths) == 1 else f": each {is_what}"
+            self.reporter.warn(f"{first}{verb}, and the model was made for dark lines on white paper: {mend}")
 
     def finish(self, job: Job) -> None:
         """Tell what became of a picture: once, also if an interrupt comes in between and it is given again."""
@@ -110,6 +130,10 @@ class Results:
             "seconds": round(job.seconds, 4) if status == "done" else None,
             "seed": self.config.seed,
             "variant": job.variant or None,
+            "name": job.name if job.variant else None,
+            **self.model,
+            "version": __version__,
+            "unlike": job.unlike or None,
             "error": None if job.error is None else str(job.error),
         }
         return self._line(json.dumps(line))

@@ -48,6 +48,9 @@ class Engine(Protocol):
     nfe: int
     device: str
 
+    def digest(self) -> str:
+        """Return the SHA-256 of the file with the weights."""
+
     def stream(self, seed: int, *place: int | str) -> Any:
         """Return the random stream of a place, see `noise.stream`."""
 
@@ -108,6 +111,8 @@ class Translator:
         self.degrade = None if degradation is None else _degradation(degradation)
         self.side = engine.image_size
         self.scale = 1 if degradation else engine.source_scale
+        task = str(engine.config.get("task"))
+        self.draws = degradation is None and any(word in task for word in ("drawing", "edges", "sketch"))
         self.classes = engine.config.get("classes")
         self.fill = (engine.config.get("mask") or {}).get("fill")
         self.fixed = engine.device == "cpu"

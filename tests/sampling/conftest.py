@@ -79,6 +79,7 @@ def student(tmp_path, tiny_config) -> Path:
         "format": "ibmd-student",
         "network": tiny_config["network"] | {"in_channels": 9},
         "noise_channels": 3,
+        "image": tiny_config["image"] | {"tiles": True},
         "sampling": {"timesteps": [1.0, 0.5], "noise": noise, "rollout": "chain", "transition": "marginal"},
     }
     predictor = make_predictor(config).eval()

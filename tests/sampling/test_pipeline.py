@@ -19,10 +19,11 @@ import torch
 from hostile import write_corpus
 from PIL import Image
 
+from ibmd_cli import __version__
 from ibmd_cli.claims import Claims, _file
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import UsageError
-from ibmd_cli.files import atomic_file
+from ibmd_cli.files import atomic_file, sha256
 from ibmd_cli.images.decode import read_picture
 from ibmd_cli.images.find import find_images
 from ibmd_cli.method.noise import randn, stream
@@ -175,6 +176,11 @@ def test_json(sample, drawings):
         "seconds": 0,
         "seed": 7,
         "variant": 1,
+        "name": "drawing-0.png",
+        "model": "builtin:outline2emoji",
+        "model_sha256": sha256(resolve("builtin:outline2emoji", "student") / "model.safetensors"),
+        "version": __version__,
+        "unlike": None,
         "error": None,
     }
 
@@ -665,7 +671,8 @@ def test_what_is_kept_beside_the_pixels(sample, drawings):
         with Image.open(f"out.{form}") as image:
             tags = image.getexif()
             assert tags[0x0131].startswith("ibmd ")
-            assert tags[0x0131].endswith("builtin:outline2emoji nfe=1 seed=5 variant=1")
+            assert "builtin:outline2emoji sha256=" in tags[0x0131]
+            assert tags[0x0131].endswith(" nfe=1 seed=5 variant=1 name=in.jpg")
             assert tags[0x8298].encode("latin-1").decode() == "© Ann"
             assert tags[0x010F] == "Camera"
             if form in ("png", "jpg", "tiff"):
