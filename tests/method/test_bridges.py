@@ -204,7 +204,7 @@ def test_noise_levels(bridge):
     levels = bridge.c_noise(t)
     golden = [0.1, 1.1009008, 2.1018018, 499.54953, 500.55045, 998.99915, 1000.0]  # teachers.md §3.4, float32
     assert levels.dtype == torch.float32
-    assert levels.tolist() == pytest.approx(golden, rel=1e-7)
+    assert levels.tolist() == pytest.approx(golden, rel=2.4e-7)  # two bits: torch.linspace rounds as the processor can
 
 
 @pytest.mark.parametrize("bridge", [VP, VE], ids=label)
@@ -230,9 +230,8 @@ def test_coefficients_equal_the_published_ones(family):
     for key, value in zip("abc", bridge.coefficients(t), strict=True):
         reference = out[f"coef.{key}"].double()
         assert (value - reference).abs().max() <= bound * max(1, reference.max()), key
-    # Tables are the same float32 numbers; of logarithms the last bit may differ.
-    rtol = 2e-7 if bridge in (VP, VE) else 0
-    torch.testing.assert_close(bridge.c_noise(t), out["coef.c_noise"], rtol=rtol, atol=0)
+    # The last two bits of logarithms and of torch.linspace depend on the processor.
+    torch.testing.assert_close(bridge.c_noise(t), out["coef.c_noise"], rtol=2.4e-7, atol=0)
     for key, value in zip(("coef.alpha", "coef.rho"), bridge.alpha_rho(t), strict=True):
         if key in out:
             torch.testing.assert_close(value, out[key].double(), rtol=1e-9, atol=1e-12)
@@ -257,8 +256,10 @@ def test_samples_and_labels_equal_the_published_ones(family):
     for i, t in enumerate(info.get("bridge_steps") or info["bridge_times"]):
         ts = torch.full((2,), t)
         x_t = bridge.sample(x_0, x_T, ts, eps)
-        # float32 arithmetic on values up to 4, and DDBM's float32 coefficients.
-        torch.testing.assert_close(x_t, out["bridge"][i], rtol=0, atol=1e-5)
+        # float32 arithmetic on values up to 4, DDBM's float32 coefficients, and noise, whose last bits (1.4e-6) depend
+        # on the processor.
+        bound = 1e-5 + 2e-6 * bridge.coefficients(ts).c_t.max()
+        torch.testing.assert_close(x_t, out["bridge"][i], rtol=0, atol=float(bound))
         if i2sb:
             target = (x_t - x_0) / expand_to(bridge.alpha_rho(ts)[1], x_t)
             bound = 1e-5 * max(1, out["label"][i].abs().max())

@@ -84,7 +84,7 @@ def test_preconditioning_and_weight_equal_the_published_ones(models, family):
         # TOLERANCES.md: DDBM's float32 c_in cancels at t = 79.999 of VE.
         bound = 2e-4 if (family, key) == ("ddbm_ve", "c_in") else 1e-5
         assert error(value, out[f"coef.{key}"].double()) < bound, key
-    torch.testing.assert_close(model.bridge.c_noise(t), out["coef.c_noise"], rtol=2e-7, atol=0)  # one bit
+    torch.testing.assert_close(model.bridge.c_noise(t), out["coef.c_noise"], rtol=2.4e-7, atol=0)  # two bits
     # TOLERANCES.md: DDBM's float32 λ cancels near both ends; I2SB has float32 tables, DBIM float64.
     bound = {"ddbm": 1e-3, "i2sb": 1e-6, "dbim": 1e-9}[family[:4]]
     assert (model.weight(t) / out["coef.lambda"].double() - 1).abs().max() < bound
