@@ -58,9 +58,8 @@ class ExportedStudent(ABC):
             self.image_size = int(image["size"])
             self.source_scale = int(image.get("source_scale", 1))
             self.nfe = len(sampling["timesteps"])
-            self.size_multiple = config["network"].get("patch_size", 1) * 2 ** (
-                len(config["network"]["channel_mult"]) - 1
-            )
+            network = config["network"]
+            self.size_multiple = network.get("patch_size", 1) * 2 ** (len(network["channel_mult"]) - 1)
             noise = sampling["noise"]
             self.noise_shape = (noise["channels"], noise["grid"], noise["grid"]) if noise["channels"] else None
         except (KeyError, TypeError, ValueError) as error:
@@ -83,14 +82,8 @@ class ExportedStudent(ABC):
         Raises:
             IbmdError: x_T has another shape, or H and W are no multiples of `size_multiple`.
         """
-        multiple = self.size_multiple
-        if (
-            x_T.ndim != 4
-            or x_T.shape[1] != 3
-            or x_T.shape[2] % multiple
-            or x_T.shape[3] % multiple
-            or 0 in x_T.shape[2:]
-        ):
+        multiple, sides = self.size_multiple, x_T.shape[2:]
+        if x_T.ndim != 4 or x_T.shape[1] != 3 or any(side % multiple or not side for side in sides):
             wanted = f"(B, 3, H, W), height and width multiples of {multiple}"
             raise IbmdError(f"{self.file.name}: x_T of shape {x_T.shape}: expected {wanted}")
         if not len(x_T):

@@ -160,7 +160,11 @@ def compare(student: Student, file: Path, noise_inside: bool = False, seed: int 
         `images`; `max_difference` and `mean_difference` over pixels on the scale [-1, 1], and `psnr` of the file
         against the student in dB (None if they are equal); `ms_per_image` of each, in batches of `batch` images.
     """
-    own, other = _runner(student), _file_runner(file)
+    own = _runner(student)
+    if file.suffix == ".safetensors":
+        other = _runner(load_student(str(file)))
+    else:
+        other = open_exported(file, torch.get_num_threads()).run
     x_T = sources(student)
     batches = [x_T[:1], x_T[1:]]
     if file.suffix != ".safetensors":
@@ -205,12 +209,6 @@ def _runner(student: Student) -> Callable[[Arrays], list[np.ndarray]]:
         return [module(**{name: torch.from_numpy(v) for name, v in inputs.items()}).numpy()]
 
     return run
-
-
-def _file_runner(file: Path) -> Callable[[Arrays], list[np.ndarray]]:
-    if file.suffix != ".safetensors":
-        return open_exported(file, torch.get_num_threads()).run
-    return _runner(load_student(str(file)))
 
 
 def sources(student: Student) -> Tensor:

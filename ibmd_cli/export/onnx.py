@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,14 +78,8 @@ def make_graph(
     drawn = list(noise_shapes(student, (3, 1, 1))) if noise_inside else []
     say("translating it into ONNX (the longest step: about a minute)")
     with _silence():
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=names,
-            output_names=["x_0", *drawn],
-            verbose=False,
-        )
+        options: dict[str, Any] = {"opset_version": opset, "input_names": names, "output_names": ["x_0", *drawn]}
+        exported = torch.onnx.export(program, dynamo=True, verbose=False, **options)
     assert exported is not None
     say("computing what does not depend on the image")
     model = _fold(exported.model_proto)
@@ -124,6 +119,11 @@ def _guard(model: onnx.ModelProto, multiple: int) -> None:
     for value in graph.input:
         padded = "guard_padded" if value.name == "x_T" else inner[value.name]
         before += _PAD.format(value.name, kinds[value.type.tensor_type.elem_type], padded)
+        for name in {padded, inner[value.name]}:  # old runtimes do not find the rank
+            known = graph.value_info.add()
+            known.CopyFrom(value)
+            known.name = name
+            known.type.tensor_type.shape.dim[0].Clear()
     after = "".join(f"{v.name} = Slice({inner[v.name]}, guard_0, guard_batch, guard_0)\n" for v in graph.output)
     heads, ends = (list(map(onnx.parser.parse_node, text.split("\n")[:-1])) for text in (before + _SIDES, after))
     heads[-2].name = f"height_and_width_must_be_multiples_of_{multiple}"
@@ -202,14 +202,9 @@ def store(model: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keep back what PyTorch's exporter says of itself and of packages that are not there."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)

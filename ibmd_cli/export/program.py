@@ -2,15 +2,7 @@
 
     x_0 = f(x_T[, z][, eps][, mask][, label])
 
-All network calls of a student are in it, with the steps between them. The inputs that a student takes:
-
-    x_T    float32 (B, 3, H, W) in [-1, 1]: sources; H and W multiples of the network's
-    z      float32 (B, N · C_z, h, w): standard normal, the noise of the N calls one after the other
-    eps    float32 (B, (N − 1) · 3, H, W): standard normal, the noise of the steps between them
-    mask   float32 (B, 1, H, W): 1 = to be generated; x_T is to hold there what the hole is filled with
-    label  int64 (B,): classes
-
-x_0 is float32 (B, 3, H, W) in [-1, 1].
+All network calls of a student are in it, with the steps between them. `models.interface` describes the tensors.
 """
 
 import copy
@@ -42,7 +34,7 @@ Say = Callable[[str], None]
 
 
 class Unrolled(nn.Module):
-    """A student's network calls and the steps between them, see the module.
+    """A student's network calls and the steps between them.
 
     Args:
         student: on the CPU; it is not changed.
