@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ibmd_cli.errors import UsageError
+from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.files import unwritable
 from ibmd_cli.settings import Record, setting
 
 STUDENT = "builtin:outline2emoji"
@@ -108,6 +109,8 @@ class ExportConfig(Record):
             raise UsageError(f"--opset {self.opset}: {self.format} has none; add --format onnx")
         if self.noise_inside and self.format not in ("onnx", "torch-export"):
             raise UsageError(f"--noise-inside: {self.format} has no noise inside; add --format onnx or torch-export")
+        if reason := unwritable(output):
+            raise IbmdError(f"--output {output}: {reason}")
         if output.exists() and self.on_exists != "overwrite":
             raise UsageError(f"{output}: exists; give another --output, or --on-exists overwrite")
         return self

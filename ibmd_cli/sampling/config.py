@@ -36,7 +36,8 @@ class SampleConfig(Record):
         also=("labels", "class"))
     output: str | None = _output(None, "File, folder, or - for image bytes on stdout", flags=("--output", "-o"),
         metavar="PATH", shown="NAME.ibmd.png beside the input", also=("out", "out-dir", "output-dir", "to"))
-    on_exists: str = _output("error", "If an output exists: error, skip (continues an interrupted run) or overwrite",
+    on_exists: str = _output("error",
+        "If an output exists: error, skip (continues an interrupted run) or overwrite (mode and links to it stay)",
         metavar="DO", choices=("error", "skip", "overwrite"), also=("overwrite", "skip", "force", "exist-ok"))
     keep_suffix: bool = _output(False, "Keep another ending of an input in its output's name: photo.avif.png",
         flags=("--keep-suffix",), also=("keep-extension", "keep-ext"))

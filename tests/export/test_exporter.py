@@ -189,3 +189,22 @@ def test_format_is_told_by_the_name():
 def test_bad_requests(tmp_path: Path, arguments: list[str], message: str):
     with pytest.raises(IbmdError, match=message):
         export("--output", tmp_path / "x.safetensors", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("plain/x.onnx", "a part of the path is a file"),
+        ("folder.onnx", "it is a folder"),
+        ("n" * 255 + ".onnx", "give a shorter name"),
+        ("new/" + "n" * 255 + ".onnx", "give a shorter name"),
+        ("/proc/x.onnx", "cannot be written ("),
+    ],
+)
+def test_where_nothing_can_be_written_is_known_before_work(tmp_path, output, reason):
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(IbmdError, match="--output") as error:
+        ExportConfig(format="onnx", output=tmp_path / output, on_exists="overwrite").files()
+    assert reason in str(error.value)
+    assert not (tmp_path / "new").exists()
