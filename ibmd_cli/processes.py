@@ -31,6 +31,12 @@ def end_as_ctrl_c_does() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
+def ignore_signals() -> None:
+    """Have them ignored from now on, for a program that is ending: it needs no other reason to."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def count_processes(processes: str, device: "torch.device") -> int:
     """Return how many processes `--processes` asks for: a number, or "all" for as many as there are GPUs.
 

@@ -5,7 +5,6 @@ asked for. An image that cannot be read gives way to the next one that can, so b
 """
 
 import os
-import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +24,7 @@ from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.images.find import named_path
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import Streams, stream, uniform
-from ibmd_cli.processes import STOPPING
+from ibmd_cli.processes import ignore_signals
 from ibmd_cli.reporting import Reporter
 
 LARGEST_BROKEN_SHARE = 0.01
@@ -178,8 +177,7 @@ def read_all(reader: Reader, threads: int, reporter: Reporter) -> Batch:
 
 def _prepare_worker(_: int) -> None:
     """Leave it to the training process to end the workers: it finishes its step when it is interrupted."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
 
 
 class SourceImages:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -525,6 +526,61 @@ def test_processes_pass_on_signals_and_exit_codes(arguments: list[object], tmp_p
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     assert newest.name.startswith(f"step-{len(lines):06d}")  # both stopped after the update, with a checkpoint
+
+
+def started(arguments: list[object], out: Path, *more: str) -> subprocess.Popen:
+    """Start `ibmd distill`, and wait until it has trained a little."""
+    program = [sys.executable, "-m", "ibmd_cli", "distill", *map(str, arguments), "--device", "cpu", "--steps", "2000"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [*program, "--out", str(out), *more], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (out / "metrics.jsonl").exists():
+        assert run.poll() is None
+        time.sleep(0.1)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_that_is_killed_is_named(arguments: list[object], tmp_path: Path, rank: int):
+    run = started(arguments, tmp_path / "run", "--processes", "2")
+    (process,) = (p for p in psutil.Process(run.pid).children() if p.environ().get("RANK") == str(rank))
+    process.kill()
+    message = run.communicate(timeout=600)[1]
+    assert run.returncode == 1
+    lines = [line for line in message.splitlines() if line.startswith("error: ")]
+    assert lines[-1] == f"error: process {rank + 1} of 2 was killed (signal 9); the same command continues", message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_is_answered_at_once_and_leaves_a_checkpoint(
+    arguments: list[object], tmp_path: Path, number: signal.Signals
+):
+    run = started([a for a in arguments if a != "--quiet"], tmp_path / "run")
+    run.send_signal(number)
+    message = run.communicate(timeout=600)[1]
+    assert run.returncode == 130
+    assert "stopping after this update; once more ends now" in message
+    assert "the same command continues from here" in message
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_hangup_is_ignored_under_nohup(arguments: list[object], tmp_path: Path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a program inherits
+    try:
+        run = started(arguments, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    run.send_signal(signal.SIGHUP)
+    lines = len(read_log(tmp_path / "run"))
+    while len(read_log(tmp_path / "run")) < lines + 3:
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.kill()
+    run.communicate()
 
 
 SKIPPING = """
