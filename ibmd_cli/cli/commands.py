@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -183,30 +183,36 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Any]], Callabl
             if key != "return"
         }
         RECORDS[name] = tuple(records.values())
-        every = settings_of(name)
 
         def run(**flags: Any) -> None:
             check_variables(os.environ, {record for records in RECORDS.values() for record in records})
-            flags = {key.rstrip("_"): value for key, value in _merge(flags).items() if value is not None}
-            file = flags.get("config") or os.environ.get("IBMD_CONFIG") or None
-            if flags.get("schema"):
-                return print_json(json_schema(every), 2)
-            arguments: dict[str, Any] = {}
-            for key, record in records.items():
-                own = {one.name: flags.get(one.name) for one in settings(record)}
-                given = Given(own, Path(file) if file else None, tuple(every))
-                arguments[key] = given
-                if not hasattr(parameters[key], "__metadata__"):
-                    arguments[key] = resolve(record, own, os.environ, given.file, others=given.others)[0]
-            body(**arguments)
+            if flags["schema"]:
+                return print_json(json_schema(settings_of(name)), 2)
+            resolved = {key for key, hint in parameters.items() if not hasattr(hint, "__metadata__")}
+            body(**{key: _given(name, record, flags, key in resolved) for key, record in records.items()})
 
         run.__doc__, run.__name__ = body.__doc__, name
-        run.__signature__ = inspect.Signature([one for each in every for one in _parameters(each)])  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature([one for each in settings_of(name) for one in _parameters(each)])  # type: ignore[attr-defined]
         run.__annotations__ = {key: one.annotation for key, one in run.__signature__.parameters.items()}  # type: ignore[attr-defined]
         app.command(name, cls=Command, epilog="\n".join(["Examples:", *(f"  {line}" for line in examples)]))(run)
         return body
 
     return register
+
+
+def _given(name: str, record: type, flags: Mapping[str, Any], resolved: bool) -> Any:
+    """Return a record of a command that was called with these flags, or what was given for it.
+
+    Raises:
+        UsageError: a value, a variable or the file of `--config` is wrong.
+    """
+    file = flags.get("config") or os.environ.get("IBMD_CONFIG")
+    values = {}
+    for one in settings(record):
+        value, more = flags.get(one.name), flags.get(f"{one.name}_")  # given with the flag, and without it
+        values[one.name] = [*(value or ()), *more] if more else value
+    given = Given(values, Path(file) if file else None, tuple(settings_of(name)))
+    return resolve(record, values, os.environ, given.file, others=given.others)[0] if resolved else given
 
 
 def spread(processes: str, device: str) -> Any:
@@ -235,15 +241,6 @@ def _parameters(one: Setting) -> Iterable[inspect.Parameter]:
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _merge(flags: dict[str, Any]) -> dict[str, Any]:
-    """Put what was given without a flag, as NAME_, after what was given with the flag of NAME."""
-    plain = {key: value for key, value in flags.items() if not key.endswith("_")}
-    for key, value in flags.items():
-        if key.endswith("_") and value:
-            plain[key[:-1]] = [*(plain.get(key[:-1]) or ()), *value]
-    return plain
 
 
 def _reason(error: Any, ctx: Any) -> str:

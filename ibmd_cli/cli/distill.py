@@ -56,13 +56,7 @@ def distill(given: Annotated[Given, DistillConfig], run: DistillRun, common: Com
         reporter.note(f"{config.teacher} is {config.preset}: its preset is used (--preset ALIAS names another)")
     out = run.out or Path("runs") / Path(config.teacher.rpartition(":")[2]).name.removesuffix(".pt")
     if run.dry_run:
-        from ibmd_cli.devices import resolve_device
-        from ibmd_cli.processes import count_processes
-        from ibmd_cli.training.plan import plan
-
-        device = resolve_device(run.device)
-        found = plan(config, out, count_processes(run.processes, device), device)
-        return show_plan(found, config, origins, common.as_json)
+        return _plan(config, origins, out, run, common)
     if any(reference.startswith("dataset:") for reference in config.data):
         from ibmd_cli.data.download import fetch
 
@@ -71,10 +65,21 @@ def distill(given: Annotated[Given, DistillConfig], run: DistillRun, common: Com
     from ibmd_cli.training.loop import distill
 
     student = distill(config, origins, out, device, run.resume, reporter)
-    if this_process().rank == 0:
-        if common.as_json:
-            print_json({"schema": 1, "student": str(student)})
-        else:
-            typer.echo(str(student))
-        reporter.note(f"made {student}; {out / 'run.html'} shows how it went")
-        reporter.note(f"next: ibmd sample drawing.png --student {quote(str(out))}")
+    if this_process().rank > 0:
+        return
+    if common.as_json:
+        print_json({"schema": 1, "student": str(student)})
+    else:
+        typer.echo(str(student))
+    reporter.note(f"made {student}; {out / 'run.html'} shows how it went")
+    reporter.note(f"next: ibmd sample drawing.png --student {quote(str(out))}")
+
+
+def _plan(config: DistillConfig, origins: dict[str, str], out: Path, run: DistillRun, common: Common) -> None:
+    from ibmd_cli.devices import resolve_device
+    from ibmd_cli.processes import count_processes
+    from ibmd_cli.training.plan import plan
+
+    device = resolve_device(run.device)
+    found = plan(config, out, count_processes(run.processes, device), device)
+    show_plan(found, config, origins, common.as_json)

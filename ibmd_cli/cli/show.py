@@ -44,10 +44,23 @@ def show_plan(plan: dict[str, Any], config: Any, origins: Mapping[str, str], as_
     """Print what a distillation would take, and which settings are not the default."""
     if as_json:
         return print_json({"schema": 1, "settings": to_json(config), "origins": origins, "plan": plan})
+    changed = [
+        (one.key, f"{_value(getattr(config, one.name))} ({origins[one.name]})")
+        for one in settings(config.__class__)
+        if getattr(config, one.name) != one.default
+    ]
+    _print("Plan", _planned(plan, config), 14)
+    if changed:
+        typer.echo()
+        _print("Settings that are not the default", changed, 20)
+
+
+def _planned(plan: dict[str, Any], config: Any) -> list[tuple[str, str]]:
+    """Return what a distillation would take, in words."""
     images, several = plan["images per update"], plan["processes"] > 1
     memory = f"about {_size(plan['memory of each process, bytes'])} on {plan['device']}"
     auto = "auto" in str(plan["micro-batch"])
-    found = [
+    return [
         ("teacher", f"{config.teacher}, {_millions(plan['parameters of the teacher'])} parameters"),
         *(("data", line) for line in plan["data"] or [", ".join(config.data) or "none: give --data FOLDER"]),
         *(("sizes", line) for line in plan["sizes"]),
@@ -65,15 +78,6 @@ def show_plan(plan: dict[str, Any], config: Any, origins: Mapping[str, str], as_
         ("time", f"about {_time(plan['seconds'])} on this machine" if plan["seconds"] else "not tried on this machine"),
         ("run folder", plan["run folder"]),
     ]
-    changed = [
-        (one.key, f"{_value(getattr(config, one.name))} ({origins[one.name]})")
-        for one in settings(config.__class__)
-        if getattr(config, one.name) != one.default
-    ]
-    _print("Plan", found, 14)
-    if changed:
-        typer.echo()
-        _print("Settings that are not the default", changed, 20)
 
 
 def _print(title: str, lines: Iterable[tuple[str, str]], column: int) -> None:
