@@ -59,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for ONNX Runtime, and the command
     alone, folder = [], []
-    engine = load_exported(args.student) if is_exported(args.student) else load_engine(args.student, None, device="cpu")
+    engine = load_exported(args.student) if is_exported(args.student) else load_engine(args.student, device="cpu")
     with tempfile.TemporaryDirectory() as place:
         drawings = Path(place, "drawings")
         drawings.mkdir()
