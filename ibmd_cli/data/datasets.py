@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ibmd_cli.data.degradations import is_slow
 from ibmd_cli.data.embedded import embedded_pairs, embedded_sources
 from ibmd_cli.data.forms import Form, read_normals
 from ibmd_cli.data.labels import check_classes, folder_classes, label_of, read_labels
@@ -305,7 +306,7 @@ def open_files(
 
 def _forms(form: Form, paired: bool) -> dict[str, Form]:
     """Return the sides that the pictures of a folder have, and what becomes of each."""
-    if form.degradation not in ("", "edges"):
+    if form.degradation and not is_slow(form.degradation):
         return {TARGET: form}
     if not (paired or form.degradation or form.layout in ("ab", "ba")):
         return {SOURCE: form}

@@ -8,10 +8,12 @@ defect of it, from DDRM (arXiv:2201.11793). `edges` is our own, to draw photos a
 import math
 import zipfile
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,19 +23,64 @@ from torch import Tensor, nn
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.method.noise import Streams, noise_like, uniform
 
+
+class Degradation(NamedTuple):
+    """A row of `DEGRADATIONS`, which is all that a degradation needs. A name "inpaint-…" says that it makes holes.
+
+    Attributes:
+        help: what it does, in one line.
+        function: float32 (B, 3, H, W) in [-1, 1] → the same, neither clamped nor quantised; None: a mask is drawn.
+        multiple: what H and W must be multiples of.
+        square: whether H and W must be equal.
+        slow: whether an image is degraded once, as it is read, in place of each time that it is drawn.
+        masks: what its free-form masks are called in Palette's file.
+    """
+
+    help: str
+    function: Callable[[Tensor], Tensor] | None = None
+    multiple: int = 1
+    square: bool = False
+    slow: bool = False
+    masks: str = ""
+
+
 DEGRADATIONS = {
-    "jpeg-5": "JPEG of quality 5, by I2SB's own codec",
-    "jpeg-10": "JPEG of quality 10, by I2SB's own codec",
-    "sr4x-pool": "a quarter of the size by 4×4 means, enlarged again by repetition",
-    "sr4x-bicubic": "a quarter of the size by a bicubic filter, enlarged again by repetition",
-    "blur-uni": "nominally a 9×9 uniform blur, with the defect of the published code",
-    "blur-gauss": "nominally a 5×5 Gaussian blur, with the defect of the published code",
-    "inpaint-center": "the central square of half the side is missing",
-    "inpaint-freeform1020": "10-20 % are missing under brush strokes, from the published masks",
-    "inpaint-freeform2030": "20-30 % are missing under brush strokes, from the published masks",
-    "edges": "black lines on white: edges found by a network, thinned",
+    "jpeg-5": Degradation("JPEG of quality 5, by I2SB's own codec", lambda x: _jpeg(x, 5), multiple=16),
+    "jpeg-10": Degradation("JPEG of quality 10, by I2SB's own codec", lambda x: _jpeg(x, 10), multiple=16),
+    "sr4x-pool": Degradation(
+        "a quarter of the size by 4×4 means, enlarged again by repetition",
+        lambda x: _repeat(F.avg_pool2d(x, 4), 4),
+        multiple=4,
+    ),
+    "sr4x-bicubic": Degradation(
+        "a quarter of the size by a bicubic filter, enlarged again by repetition",
+        lambda x: _reduce_bicubic(x),
+        multiple=4,
+    ),
+    "blur-uni": Degradation(
+        "nominally a 9×9 uniform blur, with the defect of the published code",
+        lambda x: _blur(x, torch.ones(9, dtype=torch.float64) / 9),
+        square=True,
+    ),
+    "blur-gauss": Degradation(
+        "nominally a 5×5 Gaussian blur, with the defect of the published code",
+        lambda x: _blur(x, torch.softmax(-((torch.arange(5, dtype=torch.float64) - 2) ** 2) / (2 * 10.0**2), 0)),
+        square=True,
+    ),
+    "inpaint-center": Degradation(
+        "the central square of half the side is missing",
+        lambda x: fill_hole(x, _central_hole(*x.shape[2:]), "white"),  # for display; bridges start from `fill_hole`
+        multiple=4,
+    ),
+    "inpaint-freeform1020": Degradation(
+        "10-20 % are missing under brush strokes, from the published masks", masks="10-20% freeform"
+    ),
+    "inpaint-freeform2030": Degradation(
+        "20-30 % are missing under brush strokes, from the published masks", masks="20-30% freeform"
+    ),
+    "edges": Degradation("black lines on white: edges found by a network, thinned", lambda x: _edges(x), slow=True),
 }
-"""Name → what it does, in one line."""
+"""The degradations by their names."""
 
 
 def check_name(name: str) -> None:
@@ -42,62 +89,40 @@ def check_name(name: str) -> None:
         raise UsageError(f"no degradation {name!r}: {nearest(name, DEGRADATIONS)}")
 
 
+def is_slow(name: str) -> bool:
+    """Tell whether images are degraded once, as they are read."""
+    return name in DEGRADATIONS and DEGRADATIONS[name].slow
+
+
 def degrade(x_0: Tensor, name: str) -> Tensor:
     """Degrade clean images as published.
 
-    The two blurs are *as published, defect included* (see `_blur_operator`): the teachers were trained on the outputs
-    of that code, and a true convolution lies off their distribution. "inpaint-center" returns what the published
-    corruption returns, a white hole, which is for display; what the bridges start from, `fill_hole` makes.
+    The two blurs are *as published, defect included*: the teachers were trained on the outputs of that code, and a
+    true convolution lies off their distribution.
 
     Args:
-        x_0: (B, 3, H, W) in [-1, 1]. H and W must be multiples of 16 for JPEG and of 4 for super-resolution and the
-            central hole; blur needs H = W.
+        x_0: (B, 3, H, W) in [-1, 1].
         name: key of `DEGRADATIONS`.
 
     Returns:
         x_T, shape, dtype and device of `x_0`; not clamped, not quantised.
 
     Raises:
-        UsageError: an unknown name, one that is drawn at random (free-form masks: `draw_masks`), or a size for which
-            the degradation is not defined.
+        UsageError: an unknown name, one whose masks are drawn at random (`draw_masks`), or a size for which the
+            degradation is not defined.
         NotAvailable: "edges" without the packages it needs.
 
     Source: github.com/NVlabs/I2SB (arXiv:2302.05872).
     """
     check_name(name)
-    x = x_0.float()
-    match name:
-        case "jpeg-5" | "jpeg-10":
-            _require_multiple(x, name, 16)
-            x_T = _jpeg(x, quality=int(name.removeprefix("jpeg-")))
-        case "sr4x-pool":
-            _require_multiple(x, name, 4)
-            x_T = _repeat(F.avg_pool2d(x, 4), 4)
-        case "sr4x-bicubic":
-            _require_multiple(x, name, 4)
-            rows, columns = (_bicubic(length).to(x.device) for length in x.shape[2:])
-            x_T = _repeat(rows @ x @ columns.T, 4)
-        case "blur-uni" | "blur-gauss":
-            if x.shape[2] != x.shape[3]:
-                raise UsageError(f"{name}: {x.shape[3]}×{x.shape[2]} pixels: expected a square image")
-            u, v, gain = (tensor.to(x.device) for tensor in _blur_operator(name, x.shape[2]))
-            x_T = 2 * (u @ (gain * (v.T @ ((x + 1) / 2) @ v)) @ u.T) - 1
-        case "inpaint-center":
-            _require_multiple(x, name, 4)
-            x_T = fill_hole(x, _central_hole(x.shape[2], x.shape[3]), "white")
-        case "edges":
-            x_T = _edges(x)
-        case _:
-            raise UsageError(
-                f"{name}: its masks are drawn at random: give a mask (--mask) in place of --degrade {name}"
-            )
-    return x_T.to(x_0)
-
-
-def _require_multiple(x: Tensor, name: str, factor: int) -> None:
-    height, width = x.shape[2:]
-    if height % factor or width % factor:
-        raise UsageError(f"{name}: {width}×{height} pixels: expected multiples of {factor}")
+    row, (height, width) = DEGRADATIONS[name], x_0.shape[2:]
+    if row.function is None:
+        raise UsageError(f"{name}: its masks are drawn at random: give a mask (--mask) in place of --degrade {name}")
+    if row.square and height != width:
+        raise UsageError(f"{name}: {width}×{height} pixels: expected a square image")
+    if height % row.multiple or width % row.multiple:
+        raise UsageError(f"{name}: {width}×{height} pixels: expected multiples of {row.multiple}")
+    return row.function(x_0.float()).to(x_0)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -155,6 +180,11 @@ def _quantise(plane: Tensor, table: Tensor, quality: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- super-resolution
 
 
+def _reduce_bicubic(x: Tensor) -> Tensor:
+    rows, columns = (_bicubic(length).to(x.device) for length in x.shape[2:])
+    return _repeat(rows @ x @ columns.T, 4)
+
+
 @lru_cache(maxsize=4)
 def _bicubic(length: int) -> Tensor:
     """Return the matrix (length/4, length) of the published reduction: Keys' kernel, a = −1/2, 16 taps.
@@ -174,14 +204,14 @@ def _bicubic(length: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- blur
 
-_TAPS = {
-    "blur-uni": torch.ones(9, dtype=torch.float64) / 9,
-    "blur-gauss": torch.softmax(-((torch.arange(5, dtype=torch.float64) - 2) ** 2) / (2 * 10.0**2), 0),
-}
+
+def _blur(x: Tensor, kernel: Tensor) -> Tensor:
+    u, v, gain = (tensor.to(x.device) for tensor in _blur_operator(tuple(kernel.tolist()), x.shape[2]))
+    return 2 * (u @ (gain * (v.T @ ((x + 1) / 2) @ v)) @ u.T) - 1
 
 
 @lru_cache(maxsize=4)
-def _blur_operator(name: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _blur_operator(taps: tuple[float, ...], size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, V (n, n) and gains (3, n, n) such that x ↦ U (gain · VᵀxV) Uᵀ blurs images in [0, 1] as published.
 
     Two defects of the published code are kept. The kernel lacks its last tap, so images get darker. And the gains,
@@ -189,7 +219,6 @@ def _blur_operator(name: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
     instead the list is laid three times end to end over the channels of all places, so most places get the gains of
     others, and each channel its own.
     """
-    taps = _TAPS[name].tolist()
     matrix = torch.zeros(size, size)
     for tap, weight in enumerate(taps[:-1]):
         offset = tap - len(taps) // 2
@@ -210,7 +239,6 @@ def _blur_operator(name: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 _MASK_SIDE = 256
 _MASK_COUNT = 10_000
-_MASK_KEYS = {"inpaint-freeform1020": "10-20% freeform", "inpaint-freeform2030": "20-30% freeform"}
 _MASK_PAGE = "https://drive.google.com/file/d/1-5YRGsekjiRKQWqo0BV5RVQu0bagc12w"
 
 
@@ -268,9 +296,10 @@ def read_masks(name: str, file: str | Path | None) -> np.ndarray:
     Raises:
         UsageError, NotAvailable, IbmdError: see `draw_masks`.
     """
-    if name not in _MASK_KEYS:
-        check_name(name)
-        raise UsageError(f"{name}: has no mask; those that have: inpaint-center, {', '.join(_MASK_KEYS)}")
+    check_name(name)
+    if not DEGRADATIONS[name].masks:
+        free = [other for other, row in DEGRADATIONS.items() if row.masks]
+        raise UsageError(f"{name}: has no mask; those that have: inpaint-center, {', '.join(free)}")
     if not file:
         raise NotAvailable(
             f"{name}: needs the published masks: get imagenet_freeform_masks.npz from {_MASK_PAGE} "
@@ -278,17 +307,17 @@ def read_masks(name: str, file: str | Path | None) -> np.ndarray:
         )
     if not Path(file).is_file():
         raise NotAvailable(f"--masks {file}: no such file; it is imagenet_freeform_masks.npz from {_MASK_PAGE}")
-    return _packed_masks(name, str(file))
+    return _packed_masks(DEGRADATIONS[name].masks, str(file))
 
 
 @lru_cache(maxsize=1)
-def _packed_masks(name: str, file: str) -> np.ndarray:
+def _packed_masks(own_key: str, file: str) -> np.ndarray:
     if not zipfile.is_zipfile(file):
         raise IbmdError(f"--masks {file}: no npz file, or a part of one: fetch it again from {_MASK_PAGE}")
     side, bytes_each = _MASK_SIDE, _MASK_SIDE**2 // 8
     try:
         with np.load(file, allow_pickle=False) as archive:
-            key = next((key for key in (_MASK_KEYS[name], "mask") if key in archive), None)
+            key = next((key for key in (own_key, "mask") if key in archive), None)
             bits = archive[key] if key else np.empty(0, np.uint8)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise IbmdError(f"--masks {file}: cannot be read ({error}): fetch it again from {_MASK_PAGE}") from error
@@ -296,9 +325,7 @@ def _packed_masks(name: str, file: str) -> np.ndarray:
         bits = np.packbits(bits) if bits.shape[1:] == (side, side) else np.empty(0, np.uint8)
     count = min(bits.size // bytes_each, _MASK_COUNT)
     if bits.dtype != np.uint8 or count == 0:
-        raise IbmdError(
-            f"--masks {file}: no masks of {side} pixels in {_MASK_KEYS[name]!r} or 'mask': see {_MASK_PAGE}"
-        )
+        raise IbmdError(f"--masks {file}: no masks of {side} pixels in {own_key!r} or 'mask': see {_MASK_PAGE}")
     return bits.reshape(-1)[: count * bytes_each].reshape(count, bytes_each)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ibmd_cli.data.degradations import degrade
+from ibmd_cli.data.degradations import degrade, is_slow
 from ibmd_cli.data.embedded import enlarge
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.images.fit import fit, to_uint8
@@ -33,7 +33,7 @@ class Form:
     Attributes:
         size: height and width.
         layout: key of `LAYOUTS`.
-        degradation: that will follow; "edges" are found here.
+        degradation: that will follow; a slow one is done here.
         scale: sources are read smaller by this, and enlarged by repetition of pixels.
         fit: what becomes of pictures that are not square: one of `FITS`; "none" refuses all that are not of the size;
             "published": as the authors did (halves and normal maps are stretched, others cropped).
@@ -73,10 +73,11 @@ class Form:
             return to_uint8(
                 picture.resize((side, side), Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC)
             )
-        if self.degradation not in ("", "edges") and (published or self.fit == "crop"):
+        slow = is_slow(self.degradation)
+        if self.degradation and not slow and (published or self.fit == "crop"):
             return to_uint8(_shorter_side(picture, side))
         fitted = fit(picture, side, self.fit if self.fit in FITS else "crop")[0][None]
-        return to_uint8(degrade(fitted, "edges") if self.degradation == "edges" else fitted)[0]
+        return to_uint8(degrade(fitted, self.degradation) if slow else fitted)[0]
 
 
 def _shorter_side(picture: Image.Image, side: int) -> Image.Image:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet, Embedded, open_data_set, open_files, parse_hf_data
-from ibmd_cli.data.degradations import check_name, degrade, draw_masks, fill_hole
+from ibmd_cli.data.degradations import check_name, degrade, draw_masks, fill_hole, is_slow
 from ibmd_cli.data.download import data_folder, data_sets, to_fetch
 from ibmd_cli.data.forms import Form
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
@@ -186,8 +186,8 @@ class SourceImages:
     A small set is read at once and kept in memory as bytes. Of a larger one, images are read as they are drawn, ahead
     of time by worker processes (`expect`). Batches are the same either way.
 
-    Targets that sources are made of are degraded as they are drawn, with a new mask and new noise each time; only
-    edges, which take long, are found once. An image that cannot be read is named, and the next one takes its place.
+    Targets that sources are made of are degraded as they are drawn, with a new mask and new noise each time; by
+    a slow degradation once, as they are read. An image that cannot be read is named, and the next one takes its place.
 
     Args:
         references: see `datasets.open_data_set`; or `dataset:NAME`, see `download`.
@@ -235,15 +235,15 @@ class SourceImages:
         self.inputs = {part.name: f"{len(part)} images, sha256 {part.digest}" for part in self.parts}
         classes = [n for part in self.parts for n in part.labels]
         self.labels = torch.tensor(classes) if classes else None
-        both = targets and degradation in ("", "edges")
+        both = targets and (not degradation or is_slow(degradation))
         self.reader = Reader(self.parts, (SOURCE, TARGET) if both else ())
         self.pixels = torch.empty(0)
         self.loader: Loader | None = None
         self.seen, self.broken = torch.zeros(len(self), dtype=torch.bool), dict[int, str]()
         if isinstance(self.parts[0], Embedded) and len(self.parts) == 1:
             self.pixels = self.parts[0].pixels[SOURCE]
-        elif degradation == "edges" or 3 * (1 + both) * self.size**2 * len(self) <= IN_MEMORY:
-            threads = 1 if degradation == "edges" else max(1, workers)  # the network for edges has threads of its own
+        elif is_slow(degradation) or 3 * (1 + both) * self.size**2 * len(self) <= IN_MEMORY:
+            threads = 1 if is_slow(degradation) else max(1, workers)  # a slow one has threads of its own
             batch = self._checked(read_all(self.reader, threads, reporter))
             self.pixels = batch.pixels
             if self.labels is not None:
@@ -329,7 +329,7 @@ class SourceImages:
         return batch
 
     def _degrade(self, x: Tensor, rng: Streams) -> Sources:
-        if self.degradation in ("", "edges"):
+        if not self.degradation or is_slow(self.degradation):
             return Sources(x)
         if self.fill is None:
             return Sources(degrade(x, self.degradation))
@@ -419,7 +419,8 @@ def usual_fit(layout: str, degradation: str) -> str:
     They are padded, as by `ibmd sample`; photos that are degraded, and normal maps, become what the published teachers
     were trained with.
     """
-    return "published" if degradation not in ("", "none", "edges") or layout == "normals" else "pad"
+    degraded = degradation not in ("", "none") and not is_slow(degradation)
+    return "published" if degraded or layout == "normals" else "pad"
 
 
 def look_up_data(

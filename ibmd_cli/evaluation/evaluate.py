@@ -333,10 +333,10 @@ def _check_metric(name: str, images: int, size: int, samples: int, classes: bool
     if images < (needs := METRICS[name].needs):
         few = f"{counted(images, 'pair')} {'is' if images == 1 else 'are'} too few: {needs} are needed"
         raise Unmeasurable(f"{few}, give --data with more")
-    if name in ("energy_score", "diversity") and samples < 2:
+    if METRICS[name].compares == "draws" and samples < 2:
         raise Unmeasurable("needs several samples of each source: give --samples 2 or more")
-    if name == "ssim" and size < 11:
-        raise Unmeasurable(f"needs images of at least 11 pixels, the model's have {size}")
+    if size < (least := METRICS[name].smallest):
+        raise Unmeasurable(f"needs images of at least {least} pixels, the model's have {size}")
     if name == "resnet50_accuracy" and not classes:
         raise Unmeasurable("the true classes are not known: give --labels FILE, or images in a folder for each class")
 

@@ -27,14 +27,10 @@ from ibmd_cli.files import atomic_file
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
-from ibmd_cli.metrics import scores
 from ibmd_cli.metrics.features import Network, Seen, enlarged
 from ibmd_cli.metrics.scores import METRICS
 from ibmd_cli.models.model import Student, Teacher
 from ibmd_cli.reporting import Meter, Reporter, counted
-
-PIXELS = {"psnr": scores.psnr, "ssim": scores.ssim, "mse": scores.mse}
-"""Paired scores of pixels: samples (m, B, C, H, W), truth (B, C, H, W) → (B,)."""
 
 
 @dataclass
@@ -216,20 +212,22 @@ def _compare_pixels(drawn: list[Tensor], truth: Tensor, how: Measurement) -> dic
     part: dict[str, Tensor] = {}
     y = floats(truth)
     large = enlarged(y, how.enlarge)
+    of_draws, of_pixels = (
+        {name: f for name in how.metrics if METRICS[name].compares == kind and (f := METRICS[name].function)}
+        for kind in ("draws", "pixels")
+    )
     for k, images in enumerate(drawn):
         by_seed = defaultdict(list)
         for samples in floats(images):
-            if "energy_score" in how.metrics:
-                by_seed["energy_score"].append(scores.energy_score(samples, y, how.pool))
-            if "diversity" in how.metrics:
-                by_seed["diversity"].append(scores.diversity(samples))
+            for name, function in of_draws.items():
+                by_seed[name].append(function(samples, y, how.pool))
             x = enlarged(samples.flatten(0, 1), how.enlarge).unflatten(0, samples.shape[:2])
-            for name in PIXELS.keys() & how.metrics:
-                by_seed[name].append(PIXELS[name](x, large))
+            for name, function in of_pixels.items():
+                by_seed[name].append(function(x, large))
         part |= {f"{k}.{name}": torch.stack(terms) for name, terms in by_seed.items()}
     if len(truth) > 1:
         other = large.roll(1, 0)[None]
-        part |= {f"floor.{name}": PIXELS[name](other, large) for name in PIXELS.keys() & how.metrics}
+        part |= {f"floor.{name}": function(other, large) for name, function in of_pixels.items()}
     return part
 
 

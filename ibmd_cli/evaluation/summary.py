@@ -250,7 +250,7 @@ def _protocol_texts(
         parts = [metric.text.format(pool=measurement.pool)]
         if metric.network:
             parts.append(networks[metric.network].about)
-        elif measurement.enlarge and name in ("psnr", "ssim", "mse"):
+        elif measurement.enlarge and metric.compares == "pixels":
             parts.append(f"after bilinear enlargement to {measurement.enlarge} px")
         if name == "fid":
             parts.append(f"reference {settings['reference'] or 'these targets'}")

@@ -52,10 +52,12 @@ class Bridge(ABC):
         kind: name in `config.json`.
         T: time of the source end, where sampling starts.
         t_min: time of the target end, where training and sampling stop (0 itself may be singular).
+        whole_steps: whether its times are integer steps.
         noise_free: if true, q(x_t | x_0, x_T) and the posterior carry no noise (OT-ODE of I2SB, Sec. 3.3).
     """
 
     kind: ClassVar[str]
+    whole_steps: ClassVar[bool] = False
     T: float
     t_min: float
     noise_free: bool = False
@@ -294,6 +296,7 @@ class I2SBBridge(_TabulatedBridge):
     """
 
     kind: ClassVar[str] = "i2sb"
+    whole_steps: ClassVar[bool] = True
     beta_max: float = 0.3
     noise_free: bool = False
 

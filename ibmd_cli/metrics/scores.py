@@ -9,6 +9,7 @@ lists the scores; `features` has the networks that some of them need.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,8 +38,12 @@ class Metric:
         scale: what its values are multiplied by to be shown.
         unit: of what is shown.
         network: name of the network of `features` that it needs, or "".
-        compares: "pixels", "maps", "classes", "features" or "logits": what of images or of their `Seen`.
+        compares: what of samples and truth: "pixels", enlarged where a protocol asks for it; "draws", the samples of
+            one source as they are; or "maps", "classes", "features" or "logits" of what `network` sees.
+        function: of "pixels" and "draws": samples (m, N, C, H, W), truth (N, C, H, W) → (N,); that of "draws" has a
+            third argument, the side of the pooling window.
         needs: fewest images.
+        smallest: least height and width of an image.
         paired: whether each image has a score of its own.
         least: no value is lower.
         most: no value is higher.
@@ -54,7 +59,9 @@ class Metric:
     unit: str = ""
     network: str = ""
     compares: str = "pixels"
+    function: Callable[..., Tensor] | None = None
     needs: int = 1
+    smallest: int = 1
     paired: bool = True
     least: float = -math.inf
     most: float = math.inf
@@ -71,7 +78,7 @@ _RESIZED = "of unit-length features, weighed as people judged"
 METRICS = {
     "energy_score": Metric(
         *("energy score", "low", 2, "E|X-y| - E|X-X'|/2 on {pool}×{pool}-pooled pixels in [-1, 1]"),
-        caution="no published figure uses it",
+        compares="draws", function=lambda x, y, pool: energy_score(x, y, pool), caution="no published figure uses it",
     ),
     "kid_efflite0": Metric(
         *("kid_efflite0", "low", 1, "unbiased MMD², kernel (x·y/D + 1)³, pooled features; never of one source"),
@@ -107,9 +114,15 @@ METRICS = {
     "lpips_alex": Metric(
         "LPIPS alex", "low", 3, f"squared differences {_RESIZED}", network="lpips_alex", compares="maps", least=0
     ),
-    "psnr": Metric("PSNR", "high", 2, "dB, peak 255, mean over images and samples", unit="dB", most=100),
-    "ssim": Metric("SSIM", "high", 3, "Gaussian window of 11 pixels, σ 1.5, no padding, mean over channels", most=1),
-    "mse": Metric("MSE", "low", 4, "on pixels in [-1, 1]", least=0),
+    "psnr": Metric(
+        *("PSNR", "high", 2, "dB, peak 255, mean over images and samples"),
+        unit="dB", most=100, function=lambda x, y: psnr(x, y),
+    ),
+    "ssim": Metric(
+        *("SSIM", "high", 3, "Gaussian window of 11 pixels, σ 1.5, no padding, mean over channels"),
+        most=1, smallest=11, function=lambda x, y: ssim(x, y),
+    ),
+    "mse": Metric("MSE", "low", 4, "on pixels in [-1, 1]", least=0, function=lambda x, y: mse(x, y)),
     "efflite0_agreement": Metric(
         *("top-1 agreement", "high", 1, "share of images whose ImageNet class is that of their target; for photos"),
         scale=100, unit="%", network="efflite0", compares="classes", least=0, most=1, caution=_OWN,
@@ -120,7 +133,7 @@ METRICS = {
     ),
     "diversity": Metric(
         *("diversity", "", 3, "standard deviation over samples in [-1, 1], mean over pixels"),
-        least=0, caution="no published figure uses it",
+        compares="draws", function=lambda x, y, pool: diversity(x), least=0, caution="no published figure uses it",
     ),
 }  # fmt: skip
 """The scores, in the order of their columns."""

@@ -175,7 +175,7 @@ def student_times(bridge: Bridge, nfe: int, timesteps: Sequence[float] = ()) -> 
     """
     if not timesteps:
         return bridge.time(torch.arange(nfe, dtype=torch.float64) / nfe).tolist()
-    times, whole = list(timesteps), bridge.kind == "i2sb"
+    times, whole = list(timesteps), bridge.whole_steps
     falls = all(s < t for t, s in pairwise(times))
     if times[0] != bridge.T or times[-1] <= bridge.t_min or not falls or (whole and any(t % 1 for t in times)):
         raise UsageError(

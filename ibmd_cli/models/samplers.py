@@ -91,8 +91,8 @@ def check_sampler(sampler: str, bridge: Bridge, nfe: int, options: Mapping[str, 
         UsageError: as `sample_teacher`.
     """
     name, settings = _settings(sampler, nfe, options)
-    if bridge.kind not in SAMPLERS[name].bridges:
-        fitting = ", ".join(other for other, row in SAMPLERS.items() if bridge.kind in row.bridges)
+    if bridge.whole_steps != SAMPLERS[name].whole_steps:
+        fitting = ", ".join(other for other, row in SAMPLERS.items() if row.whole_steps == bridge.whole_steps)
         raise UsageError(f"sampler {sampler}: not defined for a teacher of kind {bridge.kind}: expected {fitting}")
     return name, settings
 
@@ -336,7 +336,7 @@ class Sampler:
     Attributes:
         meaning: one line.
         sample: sample(denoise, bridge, x_T, mask, nfe, noise, **options) → x_0.
-        bridges: the kinds of bridge that it is defined for.
+        whole_steps: whether it is for bridges whose times are integer steps, or for the others.
         state: dtype of the state (float32 for float64 where the device has none).
         time: dtype of the times that the teacher is given (likewise). float64 for "ddbm": in float32 its first time
             would be as coarse as 4 % of its distance from T = 80 (VE).
@@ -346,7 +346,7 @@ class Sampler:
 
     meaning: str
     sample: Callable[..., Tensor]
-    bridges: tuple[str, ...]
+    whole_steps: bool
     state: torch.dtype
     time: torch.dtype
     calls: Callable[[int, Mapping[str, Any]], int]
@@ -362,7 +362,7 @@ SAMPLERS = {
     "ddbm": Sampler(
         "DDBM's hybrid Heun; 3n − 1 calls for n intervals (2n − 1 without churn)",
         _sample_ddbm,
-        ("vp", "ve", "dbim"),
+        False,
         torch.float64,
         torch.float64,
         _ddbm_calls,
@@ -375,7 +375,7 @@ SAMPLERS = {
     "dbim": Sampler(
         "DBIM",
         _sample_dbim,
-        ("vp", "ve", "dbim"),
+        False,
         torch.float64,
         torch.float32,
         lambda nfe, _: nfe,
@@ -388,7 +388,7 @@ SAMPLERS = {
     "i2sb": Sampler(
         "I2SB's posterior sampler",
         _sample_i2sb,
-        ("i2sb",),
+        True,
         torch.float32,
         torch.int64,
         lambda nfe, _: nfe,

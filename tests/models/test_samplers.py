@@ -503,7 +503,7 @@ def test_what_cannot_be_meant_is_refused(bridge, arguments, message):
 def test_table_is_complete():
     for name, row in SAMPLERS.items():
         assert row.meaning
-        assert set(row.bridges) <= {"vp", "ve", "dbim", "i2sb"}
+        assert row.whole_steps == (row.time == torch.int64)
         for option in row.options.values():
             assert option.low <= option.default <= option.high
             assert option.meaning
