@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms
 
+from ibmd_cli.images import table
+
 Curve = Callable[[np.ndarray], np.ndarray]  # from samples in [0, 1] to light in [0, 1]
 _ROWS = 1 << 20  # pixels that are converted at a time
 _D50 = np.array([0.96422, 1.0, 0.82521])
@@ -26,28 +28,6 @@ class NotRead(Exception):
 def _power(g: float, a: float = 1, b: float = 0, c: float = 0, d: float = 0, e: float = 0, f: float = 0) -> Curve:
     """Return the curve (a·x + b)^g + e from x = d on, and c·x + f below."""
     return lambda x: np.where(x >= d, np.maximum(a * x + b, 0) ** g + e, c * x + f)
-
-
-_LINEAR, _SRGB = _power(1), _power(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
-_REC709 = _power(1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
-_SMPTE240 = _power(1 / 0.45, 1 / 1.1115, 0.1115 / 1.1115, 1 / 4, 0.0913)
-
-# Numbers of ITU-T H.273. Chromaticities: x and y of white, red, green and blue.
-_D65, _C = (0.3127, 0.3290), (0.310, 0.316)
-_PRIMARIES = {
-    1: (*_D65, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06),
-    4: (*_C, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
-    5: (*_D65, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
-    6: (*_D65, 0.63, 0.34, 0.31, 0.595, 0.155, 0.07),
-    7: (*_D65, 0.63, 0.34, 0.31, 0.595, 0.155, 0.07),
-    9: (*_D65, 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),
-    11: (0.314, 0.351, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
-    12: (*_D65, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
-    22: (*_D65, 0.63, 0.34, 0.295, 0.605, 0.155, 0.077),
-}
-_TRANSFERS = {1: _REC709, 4: _power(2.2), 5: _power(2.8), 6: _REC709, 7: _SMPTE240, 8: _LINEAR, 11: _REC709}
-_TRANSFERS |= {13: _SRGB, 14: _REC709, 15: _REC709}
-_HDR = {16: "PQ", 18: "HLG"}
 
 
 class Space(NamedTuple):
@@ -110,39 +90,32 @@ def _matrix(chromaticities: tuple[float, ...]) -> np.ndarray:
     return adapt @ (columns * np.linalg.solve(columns, white))
 
 
-_FROM_XYZ = np.linalg.inv(_matrix(_PRIMARIES[1]))
+_SRGB = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x and y of white, red, green and blue
+_FROM_XYZ = np.linalg.inv(_matrix(_SRGB))
+_HDR = {16: "PQ", 18: "HLG"}  # transfers of H.273
 
 
-# ------------------------------------------------------------------------------------------- what files say
-
-
-def from_codes(primaries: int, transfer: int, full: bool = True, matrix: int = 0, video: bool = False) -> Space | None:
+def from_codes(primaries: int, transfer: int, matrix: int = 0, full: int = 1, *, video: bool = False) -> Space | None:
     """Return the space of code points of ITU-T H.273 (cICP); None for sRGB.
 
-    Args:
-        primaries: code of the primaries.
-        transfer: code of the curve.
-        full: whether samples use their full range.
-        matrix: 0 for RGB.
-        video: whether the curves of television count as sRGB's, as browsers have it in AVIF.
+    With `video`, the curves of television count as sRGB's, as browsers have it in AVIF.
 
     Raises:
         NotRead: there is no fixed way from it to sRGB.
     """
     mend = "save it as sRGB in a program that knows it"
-    if transfer in _HDR:
-        raise NotRead(
-            f"an HDR image ({_HDR[transfer]} transfer), brighter than sRGB can show: save it as SDR (sRGB) first"
-        )
+    if (hdr := _HDR.get(transfer)) is not None:
+        raise NotRead(f"an HDR image ({hdr} transfer), brighter than sRGB can show: save it as SDR (sRGB) first")
     if matrix != 0 or not full:
         raise NotRead(f"cICP says {'a Y′CbCr matrix' if matrix else 'narrow range'}: expected full-range RGB: {mend}")
     transfer = 13 if transfer == 2 or (video and transfer in (1, 6, 14, 15)) else transfer
     primaries = 1 if primaries == 2 else primaries
-    if primaries not in _PRIMARIES or transfer not in _TRANSFERS:
-        raise NotRead(f"colour primaries {primaries} with transfer {transfer} (ITU-T H.273) are not known: {mend}")
     if (primaries, transfer) == (1, 13):
         return None
-    return Space((_TRANSFERS[transfer],), _FROM_XYZ @ _matrix(_PRIMARIES[primaries]))
+    chromaticities, curve = table("primaries").get(str(primaries)), table("transfers").get(str(transfer))
+    if chromaticities is None or curve is None:
+        raise NotRead(f"colour primaries {primaries} with transfer {transfer} (ITU-T H.273) are not known: {mend}")
+    return Space((_power(*curve),), _FROM_XYZ @ _matrix(chromaticities))
 
 
 def from_gamma(gamma: float, chromaticities: tuple[float, ...] | None) -> Space | None:
@@ -151,7 +124,7 @@ def from_gamma(gamma: float, chromaticities: tuple[float, ...] | None) -> Space 
     Numbers that no image can have count as none, and cHRM without gAMA as well, as in browsers.
     """
     sane = chromaticities and all(0 <= v < 2 for v in chromaticities) and min(chromaticities[1::2]) > 0
-    own = not sane or np.allclose(chromaticities or (), _PRIMARIES[1], atol=1e-4)
+    own = not sane or np.allclose(chromaticities or (), _SRGB, atol=1e-4)
     if not 16e-5 <= gamma <= 6250 or (own and abs(gamma - 0.45455) < 1e-4):
         return None
     try:
@@ -205,19 +178,11 @@ def _curve(tag: bytes) -> Curve:
     return _power(*p)
 
 
-# ------------------------------------------------------------------------------------------------ conversion
-
-
 def to_srgb(pixels: Image.Image | np.ndarray, space: Profile | Space | None, copy: bool = True) -> Image.Image:
-    """Convert to an RGB image.
+    """Convert an 8-bit image of a mode without transparency, or uint16 (H, W) or (H, W, 3), to a mode RGB image.
 
-    Args:
-        pixels: an image of 8 bits, in any mode without transparency; or samples, uint16 (H, W) or (H, W, 3).
-        space: of the pixels; None for sRGB.
-        copy: whether an image that is RGB already is copied.
-
-    Raises:
-        ValueError: the profile is damaged, or not of the pixels' kind.
+    Where nothing is to be done, it is copied, unless `copy` is false. Raises a ValueError if the profile is damaged, or
+    not of the pixels' kind.
     """
     own = space.space if isinstance(space, Profile) else space
     for_grey = isinstance(space, Profile) and space.kind == "GRAY"

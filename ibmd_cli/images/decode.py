@@ -26,25 +26,17 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.files import why
+from ibmd_cli.images.bit_depth import Header, deep_samples, read_header, single_channel
 from ibmd_cli.images.colour import NotRead, Profile, Space, from_codes, from_gamma, from_profile, to_srgb
-from ibmd_cli.images.contents import refusal
 from ibmd_cli.images.metadata import Metadata, read_metadata
-from ibmd_cli.images.samples import Header, deep_samples, read_header, single_channel
+from ibmd_cli.images.other_files import READABLE, refusal, trouble
 
 MAX_PIXELS = 100_000_000
 AT_ONCE = 32_000_000  # pixels that threads decode, or encode, at the same time: about ten bytes for each
 BLOCK = 1 << 30  # bytes
-READABLE = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "PPM")
 ORIENTATION = 0x0112  # EXIF tag
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# EXIF orientation → what undoes it: flipped, turned by 180°, upside down, transposed, by 270°, transversed, by 90°.
+_TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
 
 class Picture(NamedTuple):
@@ -106,12 +98,13 @@ def shown(path: str | Path) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def read_picture(path: Path, max_pixels: int = MAX_PIXELS, alpha: str = "white") -> Picture:
-    """Read an image file; see `decode`.
+def read_image(path: Path) -> Image.Image:
+    """Read an image file as upright RGB, transparency laid on white; errors are those of `read_picture`."""
+    return read_picture(path).rgb
 
-    Raises:
-        IbmdError: it cannot be opened, is no regular file, or see `decode`.
-    """
+
+def read_picture(path: Path, max_pixels: int = MAX_PIXELS, alpha: str = "white") -> Picture:
+    """Read an image file; arguments and errors are those of `decode`, and it must be a regular file."""
     name = shown(path)
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -164,6 +157,7 @@ def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
         space, notes = _space(image, header)
         wide = header.depth == 16 and len(header.key) == 3
         deep = deep_samples(image) if space is not None or wide else None
+        frame = next((tile.extents for tile in getattr(image, "tile", ()) if image.format == "GIF"), None)
         image.load()
         orientation = _orientation(image)
         try:
@@ -173,6 +167,10 @@ def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
                 raise
             notes.append(f"its colour profile is ignored ({error})")
             rgb, transparency = _colours(image, header, None, deep)
+        if frame not in (None, (0, 0, *image.size)):  # what the first frame of a GIF leaves free is transparent
+            covered = Image.new("L", image.size)
+            covered.paste(255, frame)
+            transparency = ImageChops.darker(covered, transparency) if transparency else covered
         if transparency is not None and alpha != "drop":
             rgb.paste("white", mask=ImageChops.invert(transparency))
         kept = transparency if alpha == "keep" else None
@@ -197,23 +195,15 @@ def _one_line(name: str) -> Iterator[None]:
     except MemoryError as error:
         raise IbmdError(f"{name}: does not fit in memory: make it smaller") from error
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead to
-        reason = shown(str(error)) or type(error).__name__
-        if "MAX_TEXT" in reason:
-            mend = "pngfix --strip=unused --out=OUT.png FILE (--strip=color for a profile; libpng-tools) removes it"
-            raise IbmdError(f"{name}: a text or profile in it of more than 1 MB unpacked: {mend}") from error
-        if "unknown raw mode" in reason:
-            kind = "an order of its samples or bits, which is not read: save it as PNG with 8 or 16 bits"
-            raise IbmdError(f"{name}: {kind}") from error
-        raise IbmdError(f"{name}: damaged or incomplete ({reason}): copy or save it again") from error
+        raise IbmdError(f"{name}: {trouble(shown(str(error)))}") from error
 
 
 @contextmanager
 def own_limits() -> Iterator[None]:
     """Turn off Pillow's own pixel limit and its warnings: they are global, so only a program may do this.
 
-    And let it take the memory of an image in one block: from 32 MB on, the system has it back at once when the image is
-    gone. The blocks of 16 MB that it takes otherwise, each thread keeps for later. Eight photos of 24 megapixels take
-    446 MiB with it, 716 without, in `ibmd sample -i photos -o out/ --restore-size --format jpg`.
+    And let it take the memory of an image in one block, which the system has back when the image is gone: each thread
+    keeps smaller ones. Eight photos of 24 megapixels take 446 MiB in `ibmd sample --restore-size`, 716 without.
     """
     limit, block = Image.MAX_IMAGE_PIXELS, Image.core.get_block_size()
     Image.MAX_IMAGE_PIXELS = None
@@ -231,15 +221,14 @@ def _space(image: Image.Image, header: Header) -> tuple[Profile | Space | None, 
     """Return the colour space of an image, None for sRGB, and what is to be said of it."""
     info = image.info
     if image.format == "PNG" and header.codes:
-        primaries, transfer, matrix, full = header.codes
-        return from_codes(primaries, transfer, bool(full), matrix), []
+        return from_codes(*header.codes), []
     if profile := info.get("icc_profile"):
         try:
             return from_profile(profile), []
         except ValueError as error:
             return None, [f"its colour profile is ignored ({error})"]
     if image.format == "AVIF" and header.codes:
-        return from_codes(header.codes[0], header.codes[1], video=True), []
+        return from_codes(*header.codes, video=True), []
     if "srgb" not in info and "gamma" in info:
         return from_gamma(info["gamma"], info.get("chromaticity")), []
     return None, []
@@ -293,12 +282,3 @@ def _several(image: Image.Image) -> bool:
         return bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # a photo with its preview
     except Exception:  # the second frame is damaged: it is not read anyway
         return True
-
-
-def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image file as upright RGB, transparency laid on white; see `decoding`.
-
-    Raises:
-        IbmdError: it cannot be opened, is no regular file, or see `decoding.decode`.
-    """
-    return read_picture(path, max_pixels).rgb

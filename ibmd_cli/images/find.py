@@ -12,14 +12,15 @@ from urllib.parse import unquote_to_bytes
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.files import why
-from ibmd_cli.images.contents import EXPECTED
 from ibmd_cli.images.decode import shown
+from ibmd_cli.images.other_files import EXPECTED
 from ibmd_cli.reporting import counted
 
 IMAGES = ("png", "apng", "jpg", "jpeg", "jpe", "jfif", "mpo", "webp", "tif", "tiff", "bmp", "gif", "avif")
 SUFFIXES = frozenset(f".{ending}" for ending in (*IMAGES, "pbm", "pgm", "ppm", "pnm", "pfm"))
 WRITTEN = re.compile(r"\.ibmd(\.\d+)?\.(png|jpe?g|webp|tiff?|bmp|avif)$")
 NO_ENDING, FOLDER, LINK = "without an ending", "folder", "linked folder"
+_FETCH = {"http": "curl -LO", "https": "curl -LO", "s3": "aws s3 cp", "gs": "gcloud storage cp"}
 MENDS = {FOLDER: ": --recursive searches them", LINK: ": give them by themselves"}
 
 
@@ -82,28 +83,32 @@ def passed_over(passed: Counter[str]) -> str:
 
 
 def named_path(text: str) -> str:
-    """Return the path that a user's text names: without quotes around it, `~` and `file://` resolved.
+    """Return the path that a user's text names: without spaces or quotes around it, `~` and `file:` resolved.
 
     Raises:
         IbmdError: it is an address of something that is no file here.
     """
     if os.path.lexists(text):
         return text
-    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":
-        text = text[1:-1]
-    scheme, slashes, rest = text.partition("://")
-    if text.lower().startswith("file:/"):
-        host, _, path = rest.partition("/") if slashes else ("", "", text[len("file:/") :])
+    named = text.strip()
+    if len(named) > 2 and named[0] == named[-1] and named[0] in "\"'":
+        named = named[1:-1]
+    scheme, _, rest = named.partition(":")
+    short = shown(named[:200])
+    if scheme.lower() == "file":
+        host, slash, path = rest[2:].partition("/") if rest.startswith("//") else ("", "", rest)
         if host.lower() not in ("", "localhost"):
-            raise IbmdError(f"{shown(text)}: a file of another machine: expected file:///PATH")
-        return os.fsdecode(b"/" + unquote_to_bytes(os.fsencode(path)))
-    if slashes and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
-        get = {"http": "curl -LO", "https": "curl -LO", "s3": "aws s3 cp", "gs": "gcloud storage cp"}.get(
-            scheme.lower()
+            raise IbmdError(f"{short}: a file of another machine: expected file:///PATH")
+        named = os.fsdecode(unquote_to_bytes(os.fsencode(slash + path)))
+    elif scheme.lower() == "data" or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", named):
+        get = _FETCH.get(scheme.lower())
+        raise IbmdError(
+            f"{short}: addresses ({scheme}:{'//' * rest.startswith('//')}) are not read: fetch it first"
+            f"{f', e.g. with {get},' if get else ''} and give the file"
         )
-        first = f", e.g. with {get}," if get else ""
-        raise IbmdError(f"{shown(text)}: addresses ({scheme}://) are not read: fetch it first{first} and give the file")
-    return os.path.expanduser(text)
+    if "\0" in named:
+        raise IbmdError(f"{short}: no path: it holds a NUL")
+    return os.path.expanduser(named)
 
 
 def find_matches(pattern: str, on_error: Callable[[OSError], None]) -> tuple[Path, list[Path]]:

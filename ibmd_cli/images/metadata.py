@@ -11,6 +11,8 @@ from xml.dom import minidom
 
 from PIL import Image
 
+from ibmd_cli.images import table
+
 EXIF_IFD = 0x8769
 DESCRIPTION, ARTIST, COPYRIGHT = 0x010E, 0x013B, 0x8298
 _BASE = (DESCRIPTION, 0x010F, 0x0110, 0x0132, ARTIST, COPYRIGHT)  # and make, model, time
@@ -20,29 +22,10 @@ _CAMERA = (
     *range(0xA430, 0xA436),
 )
 _LIMIT = 1 << 20  # bytes of XMP
-_FALSE_NAMES = {
-    *("Orientation", "ImageWidth", "ImageLength", "BitsPerSample", "Compression", "PhotometricInterpretation"),
-    *("SamplesPerPixel", "PlanarConfiguration", "YCbCrSubSampling", "YCbCrPositioning", "YCbCrCoefficients"),
-    *("XResolution", "YResolution", "ResolutionUnit", "PixelXDimension", "PixelYDimension", "ColorSpace"),
-    *("NativeDigest", "Thumbnails", "ICCProfile", "ColorMode", "History", "City", "State", "Country", "CountryCode"),
-    *("Location", "LocationCreated", "LocationShown", "SubjectLocation", "SubjectArea", "format", "MakerNote"),
-}
-_FALSE_SPACES = (
-    *("ns.adobe.com/xap/1.0/mm/", "ns.adobe.com/camera-raw-settings/", "ns.adobe.com/xmp/note/", "ns.google.com/"),
-    *("ns.adobe.com/hdr-gain-map/", "metadataworkinggroup.com/schemas/regions", "ns.adobe.com/xap/1.0/g/img/"),
-    *("ns.microsoft.com/photo/1.2", "ns.apple.com/faceinfo", "ns.adobe.com/tiff/1.0/mm"),
-)
 
 
 class Metadata(NamedTuple):
-    """What is kept of a file.
-
-    Attributes:
-        base: EXIF tag → value, of the picture.
-        camera: likewise, of the camera.
-        xmp: a packet, or nothing.
-        profile: ICC profile that means sRGB, or nothing.
-    """
+    """What is kept of a file: EXIF of the picture and of the camera, an XMP packet, an ICC profile that means sRGB."""
 
     base: dict[int, Any] = {}
     camera: dict[int, Any] = {}
@@ -51,12 +34,7 @@ class Metadata(NamedTuple):
 
 
 def read_metadata(image: Image.Image, profile: bytes) -> Metadata:
-    """Read what is true of another picture, too; what is damaged is left out.
-
-    Args:
-        image: opened.
-        profile: the file's ICC profile if the colours are sRGB in spite of it.
-    """
+    """Read what is true of another picture, too, and not damaged; `profile` is the file's if it means sRGB."""
     base: dict[int, Any] = {}
     camera: dict[int, Any] = {}
     try:
@@ -117,6 +95,7 @@ def _true(xmp: bytes | str) -> bytes:
 
 
 def _false(node: Any) -> bool:
-    space, name = node.namespaceURI or "", node.localName or ""
-    known = any(part in space for part in _FALSE_SPACES)
-    return known or (space != "http://www.w3.org/2000/xmlns/" and (name in _FALSE_NAMES or name.startswith("GPS")))
+    space, name, known = node.namespaceURI or "", node.localName or "", table("false_xmp")
+    if any(part in space for part in known["spaces"]):
+        return True
+    return space != "http://www.w3.org/2000/xmlns/" and (name in known["names"] or name.startswith("GPS"))

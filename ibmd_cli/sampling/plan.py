@@ -261,13 +261,16 @@ def _listed(config: SampleConfig) -> Iterator[str]:
         raise UsageError(f"--files-from {shown(config.files_from)}: cannot be read {why(error)}") from error
     except IbmdError as error:
         raise UsageError(f"--files-from {error}") from error
-    for mark, encoding in ((b"\xef\xbb\xbf", ""), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if content.startswith(mark):  # as programs of Windows begin a text
-            content = content.decode(encoding, "replace").encode() if encoding else content.removeprefix(mark)
+    content = content.removeprefix(b"\xef\xbb\xbf")  # as programs of Windows begin a text
+    wide = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(content[:2])
+    if wide is None and not config.null and b"\0" in content[:2]:  # the same without its mark
+        wide = "utf-16-le" if content[1:2] == b"\0" else "utf-16-be"
+    if wide is not None:
+        content = content.decode(wide, "replace").encode("utf-8", "surrogateescape")
     if not config.null and b"\0" in content:
         raise UsageError(f"--files-from {shown(config.files_from)}: paths end in NUL: add --null")
     lines = content.split(b"\0") if config.null else [line.removesuffix(b"\r") for line in content.split(b"\n")]
-    yield from (os.fsdecode(line) for line in lines if line)
+    yield from (os.fsdecode(line) for line in lines if line.strip())
 
 
 def _check_output(found: Sequence[Job], config: SampleConfig) -> None:

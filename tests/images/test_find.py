@@ -126,6 +126,10 @@ def test_many_kinds_are_cut_to_the_most_frequent(tmp_path):
         ("file://localhost/a/%C3%BC.png", "/a/ü.png"),
         ("FILE:///a/latin%E9.png", "/a/latin\udce9.png"),
         ("file:/a/b.png", "/a/b.png"),
+        ("file:a/b%20c.png", "a/b c.png"),
+        ("file:///a/100%25%23.png", "/a/100%#.png"),
+        (" a.png ", "a.png"),
+        ("'/a b.png' ", "/a b.png"),
         ("C:/a.png", "C:/a.png"),
     ],
 )
@@ -134,7 +138,7 @@ def test_paths_as_people_write_them(text, path, monkeypatch):
     assert named_path(text) == path
 
 
-@pytest.mark.parametrize("name", ["'quoted.png'", "~", "https:"])
+@pytest.mark.parametrize("name", ["'quoted.png'", "~", "https:", " spaced.png ", "data:x", "file:x"])
 def test_a_file_of_that_very_name_goes_before(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(name).touch()
@@ -147,6 +151,18 @@ def test_other_addresses_are_refused_by_name(scheme):
     with pytest.raises(IbmdError) as caught:
         named_path(address)
     assert str(caught.value).startswith(f"{address}: addresses ({scheme}://) are not read: fetch it first")
+
+
+def test_data_that_stand_in_an_address_are_refused_in_a_short_line():
+    with pytest.raises(IbmdError) as caught:
+        named_path("data:image/png;base64," + "A" * 10_000)
+    assert "addresses (data:) are not read" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_an_address_with_a_nul_is_refused():
+    with pytest.raises(IbmdError, match="no path"):
+        named_path("file:///a%00b.png")
 
 
 def test_a_file_of_another_machine_is_refused():

@@ -573,14 +573,15 @@ def test_lists_of_files(sample, drawings, tmp_path):
     assert (nul.code, "add --null" in nul.err) == (2, True)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_lists_as_other_programs_write_them(sample, drawings, tmp_path, monkeypatch, encoding, end):
     """With a byte order mark, CRLF, quotes, ~ and file://; an address in it is refused, the rest is done."""
     monkeypatch.setenv("HOME", str(drawings.parent))
     (drawings / "drawing-1.png").rename(drawings / "ü b.png")
     first, address = drawings / "drawing-0.png", "https://example.org/a.png"
-    lines = [first, f'"{drawings}/ü b.png"', f"~/{drawings.name}/drawing-2.png", (drawings / "drawing-3.png").as_uri()]
+    uri = (drawings / "drawing-3.png").as_uri()
+    lines = [first, f' "{drawings}/ü b.png" ', "  ", f"~/{drawings.name}/drawing-2.png", uri]
     Path("list.txt").write_bytes(end.join(map(str, [*lines, address])).encode(encoding))
     result = sample("--files-from", "list.txt", "-o", "out/")
     assert [Path(path).name for path in result.paths] == [

@@ -1,4 +1,4 @@
-"""Samples of image files at their own depth: what Pillow's modes do not say of PNG, TIFF, PNM and AVIF files."""
+"""Samples of image files at their own depth: what Pillow's modes do not say of PNG, TIFF, PNM, BMP and AVIF files."""
 
 import struct
 import sys
@@ -10,9 +10,6 @@ from PIL import Image
 from ibmd_cli.images.colour import NotRead
 
 _SAVE = "save it as PNG with 8 or 16 bits"
-_OTHER_BYTE = {"LA;16B": "RGBA", "RGB;16N": "RGB;16B" if sys.byteorder == "little" else "RGB;16L"}
-_OTHER_BYTE |= {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA", "RGBX") for a, b in ("BL", "LB")}
-_OTHER_BYTE |= {f"{mode};16N": _OTHER_BYTE["RGB;16N"].replace("RGB", mode) for mode in ("RGBA", "RGBX")}
 
 
 class Header(NamedTuple):
@@ -41,30 +38,37 @@ def read_header(image: Any) -> Header:
     Raises:
         NotRead: Pillow would read its samples wrongly.
     """
-    stream = getattr(image, "fp", None)
-    if image.format == "PNG" and stream is not None and not stream.closed:
-        return _png(stream, image)
     if image.format == "TIFF" and hasattr(image, "tag_v2"):
         return _tiff(image, image.tag_v2)
-    if image.format == "AVIF" and stream is not None:
+    stream = getattr(image, "fp", None)
+    if stream is not None and not stream.closed and image.format in ("PNG", "AVIF", "BMP"):
+        back = stream.seek(0, 1)
         stream.seek(0)
-        at = (head := stream.read(1 << 16)).find(b"colrnclx")
-        return Header(codes=struct.unpack_from(">HH", head, at + 8)) if 0 <= at < len(head) - 12 else Header()
+        header = _png(stream, image) if image.format == "PNG" else _other(stream.read(1 << 16), image.format)
+        stream.seek(back)
+        return header
     return Header(65535 if image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I" else 0)
+
+
+def _other(head: bytes, form: str) -> Header:
+    if form == "BMP" and head[14] >= 56 and head[28] == 16 and any(head[66:70]):
+        raise NotRead(f"a BMP image of 16 bits with transparency, which is not read: {_SAVE}")
+    at = head.find(b"colrnclx")
+    return Header(codes=struct.unpack_from(">HH", head, at + 8)) if 0 <= at < len(head) - 12 else Header()
 
 
 def _png(stream: BinaryIO, image: Image.Image) -> Header:
     """Read the chunks before the pixels."""
-    back = stream.tell()
     stream.seek(8)
     chunks: dict[bytes, bytes] = {}
     while len(start := stream.read(8)) == 8 and start[4:] not in (b"IDAT", b"IEND"):
         length = int.from_bytes(start[:4], "big")
-        if start[4:] in (b"IHDR", b"tRNS", b"cICP") and length <= 256:
+        if start[4:] in (b"IHDR", b"tRNS", b"cICP", b"CgBI") and length <= 256:
             chunks[start[4:]] = stream.read(length)
             length = 0
         stream.seek(length + 4, 1)
-    stream.seek(back)
+    if b"CgBI" in chunks:
+        raise NotRead("a PNG image for iPhones (CgBI): pngcrush -revert-iphone-optimizations IN.png OUT.png mends it")
     depth, key = chunks[b"IHDR"][8], chunks.get(b"tRNS", b"")
     count = 3 if image.mode == "RGB" else 1
     known = image.mode in ("1", "L", "I;16", "RGB") and len(key) >= 2 * count
@@ -75,20 +79,25 @@ def _png(stream: BinaryIO, image: Image.Image) -> Header:
 
 def _tiff(image: Any, tags: Any) -> Header:
     photometric, bits, form = tags.get(262, 0), tags.get(258, (1,))[0], tags.get(339, (1,))[0]
-    planes = tags.get(284, 1) == 2 and tags.get(277, 1) > 1
+    planes, ycbcr, lab = tags.get(284, 1) == 2 and tags.get(277, 1) > 1, photometric == 6, photometric == 8
+    plain = any(tile.codec_name != "libtiff" for tile in image.tile)
+    white = tags.get(318, (0.3457, 0.3585))
+    for wrong, what in (
+        (planes and lab, "of CIELab in planes"),
+        (lab and abs(white[0] - 0.3457) > 0.005, "of CIELab under another white than D50"),
+        (plain and planes and bits == 16, "of 16-bit planes, uncompressed"),
+        (plain and ycbcr and tags.get(530, (1, 1)) != (1, 1), "of subsampled YCbCr, uncompressed"),
+        (
+            plain and ycbcr and tuple(tags.get(532, ())[::2]) not in ((), (0, 128, 128)),
+            "of YCbCr with a reference black",
+        ),
+        (photometric == 5 and tags.get(332, 1) != 1, "of inks that are not CMYK"),
+        (tags.get(259) == 50001, "compressed as WebP"),
+    ):
+        if wrong:
+            raise NotRead(f"a TIFF image {what}, which is not read: {_SAVE}")
     if 50706 in tags or (tags.get(254, 0) & 1 and 330 in tags):
         raise NotRead("a raw photo of a camera (DNG, NEF …), of which only a thumbnail is readable: develop it first")
-    if planes and photometric == 8:
-        raise NotRead(f"a TIFF image of CIELab in planes, which is not read: {_SAVE}")
-    if image.tile and image.tile[0].codec_name != "libtiff":
-        if planes and bits == 16:
-            raise NotRead(f"a TIFF image of 16-bit planes, uncompressed, which is not read: compress it, or {_SAVE}")
-        if photometric == 6 and tags.get(530, (1, 1)) != (1, 1):
-            raise NotRead(f"an uncompressed TIFF image of subsampled YCbCr, which is not read: {_SAVE}")
-        if photometric == 6 and tuple(tags.get(532, ())[::2]) not in ((), (0, 128, 128)):
-            raise NotRead(f"a TIFF image of YCbCr with a reference black, which is not read: {_SAVE}")
-    if photometric == 5 and tags.get(332, 1) != 1:
-        raise NotRead("a TIFF image of inks that are not CMYK: convert it to RGB first")
     native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}  # libtiff has swapped the bytes already
     image.tile = [
         tile._replace(args=(native[tile.args[0]], *tile.args[1:]))
@@ -115,11 +124,17 @@ def deep_samples(image: Any) -> np.ndarray | None:
         return None
     args: Any = image.tile[0].args
     raw: str = args if isinstance(args, str) else args[0]
-    if raw not in _OTHER_BYTE:
+    mode, _, order = raw.partition(";16")
+    little = order == "L" or (order == "N" and sys.byteorder == "little")
+    if raw == "LA;16B":
+        modes = ["RGBA"]
+    elif order and mode in ("RGB", "RGBA", "RGBX"):
+        modes = [raw, f"{mode};16{'B' if little else 'L'}"]
+    else:
         return None
     back = image.fp.tell()
     halves = []
-    for mode in ("RGBA",) if raw == "LA;16B" else (raw, _OTHER_BYTE[raw]):
+    for mode in modes:
         with Image.open(image.fp, formats=[str(image.format)]) as half:
             tiles: Any = half.tile
             half.tile = [t._replace(args=mode if t.args == raw else (mode, *t.args[1:])) for t in tiles]

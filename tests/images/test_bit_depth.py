@@ -208,6 +208,13 @@ def test_tiff_lab(planar, deflate, order):
         assert "CIELab in planes" in refusal(content)
 
 
+def test_tiff_lab_under_another_white_is_refused():
+    white = (3127, 10000, 3290, 10000)
+    content = write_tiff(np.zeros((2, 2, 3), "u1"), 8, 8, tags={318: ("I", white)})
+    content = content.replace(struct.pack("<HHI", 318, 4, 4), struct.pack("<HHI", 318, 5, 2))
+    assert "CIELab under another white than D50" in refusal(content)
+
+
 @pytest.mark.parametrize(("photometric", "bits", "name"), [(8, 16, "CIELab"), (9, 8, "ICCLab"), (10, 8, "ITULab")])
 def test_tiff_lab_of_other_kinds_is_refused(photometric, bits, name):
     assert name in refusal(write_tiff(np.zeros((2, 2, 3), f"u{bits // 8}"), bits, photometric))
@@ -327,6 +334,48 @@ def test_bmp_of_every_depth(bits):
     start = 14 + 40 + len(colours)
     content = b"BM" + struct.pack("<IHHI", start + lines.size, 0, 0, start) + info + colours + lines.tobytes()
     assert_twin(content, twin, 4 if bits == 16 else 0)
+
+
+def bmp_with_masks(lines: np.ndarray, bits: int, masks: tuple[int, ...], top_down: bool = False) -> bytes:
+    """Return a BMP file with a header of version 5."""
+    rows = (lines if top_down else lines[::-1]).astype(f"<u{bits // 8}").tobytes()
+    height = -len(lines) if top_down else len(lines)
+    info = struct.pack("<IiiHHIIiiII4I", 124, lines.shape[1], height, 1, bits, 3, len(rows), 0, 0, 0, 0, *masks)
+    return b"BM" + struct.pack("<IHHI", 138 + len(rows), 0, 0, 138) + info + b"BGRs" + bytes(64) + rows
+
+
+@pytest.mark.parametrize("top_down", [False, True])
+def test_bmp_of_565_bits_in_either_order_of_rows(top_down):
+    r, g, b = (np.rint(TWIN[..., i] / 255 * full).astype(int) for i, full in enumerate((31, 63, 31)))
+    content = bmp_with_masks(r << 11 | g << 5 | b, 16, (0xF800, 0x7E0, 0x1F, 0), top_down)
+    assert_twin(content, TWIN, 5)
+
+
+@pytest.mark.parametrize(("red", "blue", "alpha"), [(16, 0, 0), (16, 0, 0xFF000000), (0, 16, 0xFF000000)])
+def test_bmp_with_transparency_is_laid_on_white_if_the_header_says_it(red, blue, alpha):
+    lines = TWIN[..., 0] << red | TWIN[..., 1] << 8 | TWIN[..., 2] << blue
+    lines[3:] |= 0xFF000000
+    twin = TWIN.copy()
+    if alpha:
+        twin[:3] = 255
+    assert_twin(bmp_with_masks(lines, 32, (0xFF << red, 0xFF00, 0xFF << blue, alpha)), twin, 0)
+
+
+def test_bmp_of_16_bits_with_transparency_is_refused():
+    told = refusal(bmp_with_masks(np.zeros((2, 2), int), 16, (0x7C00, 0x3E0, 0x1F, 0x8000)))
+    assert "16 bits with transparency" in told
+
+
+def test_what_the_first_frame_of_a_gif_leaves_free_is_transparent():
+    content = bytearray(file_of(Image.new("P", (4, 3), 0), "GIF"))
+    content[6:10] = struct.pack("<HH", 8, 6)  # the canvas
+    at = content.index(b",\0\0\0\0\x04\0\x03\0")
+    content[at + 1 : at + 5] = struct.pack("<HH", 2, 1)
+    picture = read(bytes(content), alpha="keep")
+    want = np.zeros((6, 8), int)
+    want[1:4, 2:6] = 255
+    assert np.array_equal(np.asarray(picture.alpha), want)
+    assert np.array_equal(np.asarray(picture.rgb)[..., 0], 255 - want)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])

@@ -9,10 +9,10 @@ import zlib
 
 import numpy as np
 import pytest
-from imagefiles import file_of, quarters, refusal, rgb_of, write_png
+from imagefiles import file_of, quarters, refusal, rgb_of, write_png, write_tiff
 from PIL import Image, features
 
-from ibmd_cli.images.contents import EXPECTED
+from ibmd_cli.images.other_files import EXPECTED
 
 
 def archive() -> bytes:
@@ -50,6 +50,18 @@ OTHERS = {
     "jpeg xl": (b"\xff\x0a" + bytes(40), "a JPEG XL image", "convert it to PNG"),
     "jpeg 2000": (file_of(quarters(), "JPEG2000"), "a JPEG 2000 image", "convert it to PNG"),
     "icon": (file_of(quarters(), "ICO"), "a Windows icon", "convert it to PNG"),
+    "macOS icon": (file_of(quarters(), "ICNS"), "a macOS icon", "convert it to PNG"),
+    "tga": (file_of(quarters(), "TGA"), "a TGA image", "convert it to PNG"),
+    "compressed tga": (file_of(quarters(), "TGA", compression="tga_rle"), "a TGA image", "convert it to PNG"),
+    "pcx": (file_of(quarters(), "PCX"), "a PCX image", "convert it to PNG"),
+    "sgi": (file_of(quarters(), "SGI"), "an SGI image", "convert it to PNG"),
+    "dds": (file_of(quarters(), "DDS"), "a DDS texture", "convert it to PNG"),
+    "xbm": (file_of(quarters().convert("1"), "XBM"), "an XBM image", "convert it to PNG"),
+    "xpm": (b'/* XPM */\nstatic char *a[] = {"1 1 1 1", "  c #000000", " "};', "an XPM image", "convert it to PNG"),
+    "mng": (b"\x8aMNG\r\n\x1a\n" + bytes(40), "an MNG image", "convert it to PNG"),
+    "pam": (b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 3\nMAXVAL 255\nENDHDR\n\0\0\0", "a PAM image", "pamtopng"),
+    "pfm in colour": (b"PF\n1 1\n-1.0\n" + bytes(12), "a PFM image in colour", "convert it to PNG"),
+    "avi": (b"RIFF\xff\0\0\0AVI LIST" + bytes(40), "not an image but a video or a sound", "ffmpeg -i"),
     "numpy": (b"\x93NUMPY\1\0v\0", "not an image but a NumPy array", "Image.fromarray"),
     "text": (b"hello\n" * 2000, "not an image but a text file", EXPECTED),
     "text that begins as BMP does": (b"BMI, age\n23, 40\n", "not an image but a text file", EXPECTED),
@@ -115,3 +127,38 @@ def test_a_format_that_this_pillow_cannot_read(monkeypatch):
     content = file_of(quarters(), "AVIF")
     monkeypatch.delitem(Image.OPEN, "AVIF")
     assert "an AVIF image, which this Pillow cannot read: convert it to PNG first" in refusal(content)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(34712, "JPEG 2000"), (33003, "JPEG 2000"), (34887, "LERC"), (50001, "WebP"), (52546, "JPEG XL"), (777, "777")],
+)
+def test_compressions_of_tiff_that_are_not_read_are_named(number, name):
+    content = write_tiff(np.zeros((2, 2, 3), "u1"), 8, 2)
+    content = content.replace(struct.pack("<HHIH", 259, 3, 1, 1), struct.pack("<HHIH", 259, 3, 1, number))
+    told = refusal(content)
+    assert name in told
+    assert told.endswith("which is not read: save it as PNG with 8 or 16 bits")
+
+
+@pytest.mark.parametrize(
+    ("bits", "compression", "masks"),
+    [(2, 0, ()), (0, 4, ()), (0, 5, ()), (16, 3, (0xF00, 0xF0, 0xF)), (32, 3, (0x3FF00000, 0xFFC00, 0x3FF))],
+)
+def test_kinds_of_bmp_that_are_not_read_are_not_called_damaged(bits, compression, masks):
+    """2 bits, JPEG and PNG within, 4 and 10 bits of a colour."""
+    info = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, bits, compression, 64, 0, 0, 0, 0)
+    start = 54 + 4 * len(masks)
+    content = b"BM" + struct.pack("<IHHI", start + 64, 0, 0, start) + info + struct.pack(f"<{len(masks)}I", *masks)
+    told = refusal(content + bytes(64))
+    assert "of a kind that is not read (Unsupported BMP" in told
+    assert told.endswith("save it as PNG")
+
+
+def test_png_of_iphones_is_named():
+    told = refusal(write_png(np.zeros((2, 2, 3), "u1"), 8, 2, (b"CgBI", b"\x50\0\x20\2")))
+    assert "a PNG image for iPhones (CgBI): pngcrush -revert-iphone-optimizations" in told
+
+
+def test_names_of_exceptions_are_no_reasons():
+    assert "Error" not in refusal(write_png(np.zeros((2, 2), "u1"), 8, 3))  # a palette image without one
