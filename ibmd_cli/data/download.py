@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ibmd_cli.data.forms import read_normals
+from ibmd_cli.data.preprocessing import read_normals
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import FULL, atomic_folder, why
 from ibmd_cli.hub import MB, cache_folder, fetch_file

@@ -16,7 +16,7 @@ from ibmd_cli.errors import NotAvailable, nearest
 from ibmd_cli.files import assets
 
 
-class Pairs(NamedTuple):
+class EmbeddedPairs(NamedTuple):
     """Sources with their targets.
 
     Attributes:
@@ -30,7 +30,7 @@ class Pairs(NamedTuple):
     x_0: Tensor
 
 
-def embedded_pairs(name: str = "outline2emoji") -> Pairs:
+def embedded_pairs(name: str = "outline2emoji") -> EmbeddedPairs:
     """Read the test pairs of an embedded data set.
 
     Raises:
@@ -39,7 +39,7 @@ def embedded_pairs(name: str = "outline2emoji") -> Pairs:
     folder, index = _index(name)
     names = index["test"]["names"]
     x_T = _tiles(folder / "test-sources.png", index, len(names), index.get("source_scale", 1))
-    return Pairs(names, x_T, _tiles(folder / "test-targets.png", index, len(names)))
+    return EmbeddedPairs(names, x_T, _tiles(folder / "test-targets.png", index, len(names)))
 
 
 def embedded_sources(name: str = "outline2emoji") -> Tensor:

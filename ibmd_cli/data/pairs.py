@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet, open_data_set
+from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet
 from ibmd_cli.data.degradations import degrade, evaluation_mask, fill_hole
-from ibmd_cli.data.forms import Form
-from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.data.preprocessing import Preprocessing
+from ibmd_cli.data.references import check_holes, has_sources, open_data_set
+from ibmd_cli.errors import UsageError
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
 
@@ -77,7 +78,7 @@ class Pairs:
         Raises:
             IbmdError: an image cannot be read, or is of another size.
         """
-        sides = (SOURCE, TARGET) if SOURCE in self.data.forms else (TARGET,)
+        sides = (SOURCE, TARGET) if SOURCE in self.data.preprocess else (TARGET,)
         with ThreadPoolExecutor(READERS) as readers:
             images = torch.stack(list(readers.map(lambda row: self.data.read(row, *sides), rows)))
         drawn, truth = images[:, :-3], images[:, -3:]
@@ -100,13 +101,13 @@ def open_pairs(
     """Find the pairs that `--data` names, without reading them.
 
     Args:
-        data: see `datasets.open_data_set`.
+        data: see `references.open_data_set`.
         config: of the model.
         degrade: key of `degradations.DEGRADATIONS`, or "".
         masks: file of the free-form masks.
         labels: CSV file of classes.
         layout: "ab" or "".
-        fit: one of `forms.FITS`, or "none": refuse pairs that are not of the model's size.
+        fit: one of `preprocessing.FITS`, or "none": refuse pairs that are not of the model's size.
         seed: of the noise that fills holes.
 
     Raises:
@@ -114,18 +115,12 @@ def open_pairs(
     """
     size, classes = int(config["image"]["size"]), config["classes"]
     fill = (config["mask"] or {}).get("fill")
-    builtin = data.startswith("builtin:")
-    if builtin and (degrade or layout):
+    if has_sources(data) and (degrade or layout):
         raise UsageError(f"--data {data}: these are pairs already: leave out --degrade, or --degrade none")
-    if fill and not degrade:
-        raise IbmdError(f"{config['name']}: needs classes or masks: give clean images and --degrade inpaint-…")
-    if fill and not degrade.startswith("inpaint-"):
-        raise UsageError(f"{config['name']} fills holes: give clean images and --degrade inpaint-…")
-    if degrade.startswith("inpaint-") and not fill:
-        raise UsageError(f"--degrade {degrade}: {config['name']} does not fill holes")
+    check_holes(config, degrade)
     scale = 1 if degrade or layout else int(config["image"].get("source_scale", 1))
-    form = Form(size, layout, degrade, scale, "published" if fit == "none" and (degrade or layout) else fit)
-    find = partial(open_data_set, data, form, targets=True, held_out=True)
+    how = Preprocessing(size, layout, degrade, scale, "published" if fit == "none" and (degrade or layout) else fit)
+    find = partial(open_data_set, data, how, targets=True, held_out=True)
     guess = classes or (IMAGENET if degrade or layout else None)
     try:
         found = find(guess, labels)

@@ -7,21 +7,17 @@ asked for. An image that cannot be read gives way to the next one that can, so b
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet, Embedded, open_data_set, open_files, parse_hf_data
-from ibmd_cli.data.degradations import check_name, degrade, draw_masks, fill_hole, is_slow
-from ibmd_cli.data.download import data_folder, data_sets, to_fetch
-from ibmd_cli.data.forms import Form
-from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
-from ibmd_cli.images.find import named_path
+from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet, Embedded
+from ibmd_cli.data.degradations import degrade, draw_masks, fill_hole, is_slow
+from ibmd_cli.data.references import check_sources, describe, open_data, side_by_side
+from ibmd_cli.errors import IbmdError
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import Streams, stream, uniform
 from ibmd_cli.processes import ignore_signals
@@ -39,7 +35,7 @@ BATCHES_AHEAD = 4
 MOST_WORKERS = 8
 
 
-class Batch(NamedTuple):
+class Loaded(NamedTuple):
     """Images as they were read.
 
     Attributes:
@@ -55,7 +51,7 @@ class Batch(NamedTuple):
     broken: dict[int, str]
 
 
-class Reader(Dataset[Batch]):
+class Reader(Dataset[Loaded]):
     """Several data sets as one, read batch by batch.
 
     Args:
@@ -73,9 +69,9 @@ class Reader(Dataset[Batch]):
     def read(self, row: int) -> Tensor:
         """Return the pixels of one item, or raise the IbmdError of `DataSet.read`."""
         part = next(i for i, end in enumerate(self.ends) if row < end)
-        return self.parts[part].read(row - self.ends[part] + len(self.parts[part]), *self.sides, alike=True)
+        return self.parts[part].read(row - self.ends[part] + len(self.parts[part]), *self.sides)
 
-    def __getitem__(self, asked: list[int]) -> Batch:
+    def __getitem__(self, asked: list[int]) -> Loaded:
         """Read a batch; it is shorter than asked if `ATTEMPTS` images in a row cannot be read."""
         rows, pixels, broken = list[int](), list[Tensor](), dict[int, str]()
         for row in asked:
@@ -88,7 +84,7 @@ class Reader(Dataset[Batch]):
                 else:
                     rows.append(other)
                     break
-        return Batch(asked, rows, torch.stack(pixels) if pixels else torch.empty(0), broken)
+        return Loaded(asked, rows, torch.stack(pixels) if pixels else torch.empty(0), broken)
 
 
 class Loader:
@@ -103,8 +99,8 @@ class Loader:
 
     def __init__(self, reader: Reader, workers: int, pin: bool, reporter: Reporter) -> None:
         self.reader, self.workers, self.pin, self.reporter = reader, workers, pin, reporter
-        self.ahead: Iterator[Batch] = iter(())
-        self.next: Batch | None = None
+        self.ahead: Iterator[Loaded] = iter(())
+        self.next: Loaded | None = None
         self.unforeseen = 0
 
     def expect(self, batches: Iterable[list[int]]) -> None:
@@ -124,7 +120,7 @@ class Loader:
         )
         self.ahead = iter(loader)
 
-    def take(self, rows: list[int]) -> Batch:
+    def take(self, rows: list[int]) -> Loaded:
         """Return the images of these rows."""
         if self.next is None:
             self.next = self._advance()
@@ -138,7 +134,7 @@ class Loader:
         """End the workers."""
         self.ahead, self.next = iter(()), None
 
-    def _advance(self) -> Batch | None:
+    def _advance(self) -> Loaded | None:
         try:
             return next(self.ahead, None)
         except (RuntimeError, OSError) as error:
@@ -159,7 +155,7 @@ def count_workers(asked: int, processes: int) -> int:
     return max(0, min(MOST_WORKERS, cores // processes - 1))
 
 
-def read_all(reader: Reader, threads: int, reporter: Reporter) -> Batch:
+def read_all(reader: Reader, threads: int, reporter: Reporter) -> Loaded:
     """Read all items of a small set, by threads."""
     count = len(reader)
     pixels, rows, broken = torch.empty(0, dtype=torch.uint8), list[int](), dict[int, str]()
@@ -172,7 +168,7 @@ def read_all(reader: Reader, threads: int, reporter: Reporter) -> Batch:
             rows += batch.rows
             broken |= batch.broken
             meter.advance()
-    return Batch(list(range(count)), rows, pixels, broken)
+    return Loaded(list(range(count)), rows, pixels, broken)
 
 
 def _prepare_worker(_: int) -> None:
@@ -190,16 +186,16 @@ class SourceImages:
     a slow degradation once, as they are read. An image that cannot be read is named, and the next one takes its place.
 
     Args:
-        references: see `datasets.open_data_set`; or `dataset:NAME`, see `download`.
+        references: see `references.open_data_set`.
         teacher: its `config.json`: image size, `source_scale` (true low-resolution sources are fitted to that part of
             the size, and enlarged by repetition of pixels), `mask`, `degradation`, and `classes`.
         reporter: told of images that cannot be read, and of a degradation that is not the teacher's.
         degradation: key of `degradations.DEGRADATIONS`; "" if the images are sources already.
         masks: file of the free-form masks, see `degradations.read_masks`.
-        layout: key of `forms.LAYOUTS`.
-        labels: CSV file of classes; "": see `datasets.open_data_set`.
+        layout: key of `preprocessing.LAYOUTS`.
+        labels: CSV file of classes; "": see `references.open_data_set`.
         workers: processes that read large sets ahead, and threads that read small ones.
-        fit: what becomes of images that are not square, see `forms.Form`.
+        fit: what becomes of images that are not square, see `preprocessing.Preprocessing`.
         targets: read targets, too, for `pairs`; else they are never opened, unless sources are made of them.
 
     Attributes:
@@ -233,6 +229,9 @@ class SourceImages:
 
         self.parts = open_data(references, teacher, degradation, layout, labels, fit, targets)
         self.inputs = {part.name: f"{len(part)} images, sha256 {part.digest}" for part in self.parts}
+        for hint in map(side_by_side, self.parts):
+            if hint:
+                reporter.warn(hint)
         classes = [n for part in self.parts for n in part.labels]
         self.labels = torch.tensor(classes) if classes else None
         both = targets and (not degradation or is_slow(degradation))
@@ -310,7 +309,7 @@ class SourceImages:
         label = None if self.labels is None else self.labels[rows].to(device)
         return pixels.to(device, non_blocking=True).float() / 127.5 - 1, label
 
-    def _checked(self, batch: Batch) -> Batch:
+    def _checked(self, batch: Loaded) -> Loaded:
         """Name the images that cannot be read; refuse too many of them."""
         self.seen[batch.asked] = True
         for row, error in batch.broken.items():
@@ -335,108 +334,3 @@ class SourceImages:
             return Sources(degrade(x, self.degradation))
         mask = draw_masks(self.degradation, len(x), self.size, rng, self.masks).to(x.device)
         return Sources(fill_hole(x, mask, self.fill, rng), mask=mask)
-
-
-def check_sources(
-    references: Sequence[str],
-    teacher: Mapping[str, Any],
-    degradation: str,
-    reporter: Reporter,
-    layout: str = "",
-    labels: str = "",
-) -> None:
-    """Refuse data that are not there, and settings that do not go with the teacher or the data.
-
-    Arguments and errors are those of `SourceImages`.
-    """
-    if not references:
-        raise NotAvailable("no source images: give a folder of them with --data")
-    for reference in references:
-        _check_reference(reference, degradation)
-    name, own = teacher.get("name", "the teacher"), teacher.get("degradation") or ""
-    inpaints, masked = bool(teacher.get("mask")), degradation.startswith("inpaint-")
-    if degradation:
-        check_name(degradation)
-        if layout:
-            raise UsageError(
-                f"--degrade {degradation}: --layout {layout} has sources already: --degrade none keeps them"
-            )
-    if labels and not teacher.get("classes"):
-        raise UsageError(f"--labels {labels}: {name} has no classes: leave it out")
-    if inpaints and not masked:
-        given = f"--degrade {degradation}" if degradation else "no --degrade"
-        raise UsageError(f"{given}: {name} fills holes: give clean images and --degrade {own or 'inpaint-center'}")
-    if masked and not inpaints:
-        raise UsageError(f"--degrade {degradation}: {name} does not fill holes" + (f": expected {own}" if own else ""))
-    if degradation and own and degradation != own:
-        reporter.warn(f"--degrade {degradation}: {name} was trained with {own}")
-
-
-def _check_reference(reference: str, degradation: str) -> None:
-    kind, _, name = reference.partition(":")
-    if kind == "dataset" and name not in data_sets():
-        raise NotAvailable(f"no data set {reference}: {nearest(name, data_sets())}")
-    if kind == "hf":
-        parse_hf_data(reference)
-    elif kind not in ("builtin", "dataset") and not Path(reference).exists():
-        try:
-            named_path(reference)
-        except IbmdError as error:
-            raise UsageError(f"--data {error}") from error
-        raise NotAvailable(f"--data {reference}: no such folder")
-    has_sources = kind == "builtin" or (kind == "dataset" and data_sets()[name]["layout"])
-    if degradation and has_sources:
-        raise UsageError(f"--degrade {degradation}: --data {reference} are sources already: --degrade none keeps them")
-
-
-def open_data(
-    references: Sequence[str],
-    teacher: Mapping[str, Any],
-    degradation: str = "",
-    layout: str = "",
-    labels: str = "",
-    fit: str = "published",
-    targets: bool = False,
-) -> list[DataSet]:
-    """Find the images of each reference, without reading them; arguments and errors are those of `SourceImages`."""
-    image = teacher.get("image") or {"size": teacher["image_size"]}  # of a published one that is not here
-    scale = 1 if degradation else image.get("source_scale", 1)
-    form = Form(int(image["size"]), layout, degradation, scale, fit)
-    return [_open(reference, form, teacher.get("classes"), labels, targets) for reference in references]
-
-
-def _open(reference: str, form: Form, classes: int | None, labels: str, targets: bool) -> DataSet:
-    if not reference.startswith("dataset:"):
-        return open_data_set(reference, form, classes, labels, targets)
-    name = reference.removeprefix("dataset:")
-    own = replace(form, layout=data_sets()[name]["layout"])
-    return open_files(reference, data_folder(name), own, classes, labels, targets)
-
-
-def usual_fit(layout: str, degradation: str) -> str:
-    """Return what becomes of images that are not square where `--fit` does not say it.
-
-    They are padded, as by `ibmd sample`; photos that are degraded, and normal maps, become what the published teachers
-    were trained with.
-    """
-    degraded = degradation not in ("", "none") and not is_slow(degradation)
-    return "published" if degraded or layout == "normals" else "pad"
-
-
-def look_up_data(
-    references: Sequence[str], teacher: Mapping[str, Any], degradation: str, layout: str, labels: str
-) -> list[str]:
-    """Say of each reference what would be taken of it, for `--dry-run`; nothing is fetched."""
-    lines = []
-    for reference in references:
-        if reference.startswith("hf://") or to_fetch([reference]):
-            lines.append(f"{reference}: counted when it has been fetched")
-        else:
-            lines += describe(open_data([reference], teacher, degradation, layout, labels), degradation)
-    return lines
-
-
-def describe(parts: Sequence[DataSet], degradation: str = "", targets: bool = False) -> list[str]:
-    """Say of each data set what is taken for students, or with `targets` for teachers, and what is not used."""
-    used = [TARGET] if degradation else [SOURCE, TARGET] if targets else [SOURCE]
-    return [part.describe(used, degradation) for part in parts]

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor
 
-from ibmd_cli.data.sources import SourceImages, count_workers, usual_fit
+from ibmd_cli.data.references import usual_fit
+from ibmd_cli.data.sources import SourceImages, count_workers
 from ibmd_cli.devices import peak_memory, tune
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import read_json

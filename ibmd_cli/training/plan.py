@@ -11,7 +11,7 @@ import torch
 
 from ibmd_cli.data.datasets import DataSet
 from ibmd_cli.data.download import to_fetch
-from ibmd_cli.data.sources import check_sources, look_up_data, open_data, usual_fit
+from ibmd_cli.data.references import check_sources, look_up_data, open_data, usual_fit
 from ibmd_cli.devices import free_memory
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_gradient

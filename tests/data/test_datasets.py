@@ -13,10 +13,9 @@ import torch
 from hubserver import File, HubServer, Repo
 from PIL import Image
 
-from ibmd_cli.data.datasets import open_data_set, rows_of
 from ibmd_cli.data.embedded import embedded_pairs, enlarge
-from ibmd_cli.data.forms import Form, read_normals
-from ibmd_cli.data.sources import check_sources
+from ibmd_cli.data.preprocessing import Preprocessing, read_normals
+from ibmd_cli.data.references import check_sources, open_data_set, rows_of
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.reporting import Reporter
@@ -43,20 +42,20 @@ def test_halves_of_pairs_are_scaled_by_a_bicubic_filter(layout: str, side: int, 
     pair = Image.new("RGB", (257, 128))  # an odd width: the middle column is the right one's
     pair.paste(a, (0, 0))
     pair.paste(b, (128, 0))
-    records = open_data_set(str(save(pair, tmp_path / "pairs" / "1_AB.png")), Form(SIZE, layout), None)
+    records = open_data_set(str(save(pair, tmp_path / "pairs" / "1_AB.png")), Preprocessing(SIZE, layout), None)
     half = pair.crop([(0, 0, 128, 128), (128, 0, 257, 128)][side])
     assert torch.equal(records.read(0), to_uint8(half.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
 
 
 def test_a_single_picture_is_no_pair(tmp_path: Path):
-    records = open_data_set(str(save(Image.new("RGB", (8, 9)), tmp_path / "a.png")), Form(SIZE, "ab"), None)
+    records = open_data_set(str(save(Image.new("RGB", (8, 9)), tmp_path / "a.png")), Preprocessing(SIZE, "ab"), None)
     with pytest.raises(IbmdError, match=r"a\.png: 8×9 pixels: expected two pictures side by side"):
         records.read(0)
 
 
 def test_photos_that_will_be_degraded_are_cut_as_by_torchvision():
     photo = picture(0).crop((0, 0, 128, 75))
-    x = Form(32, degradation="jpeg-5")(photo, "photo")
+    x = Preprocessing(32, degradation="jpeg-5")(photo, "photo")
     # Resize(32): int(32 · 128 / 75) = 54; CenterCrop(32): round((54 − 32) / 2) = 11
     expected = photo.resize((54, 32), Image.Resampling.BILINEAR).crop((11, 0, 43, 32))
     assert torch.equal(x, to_uint8(expected))
@@ -93,7 +92,7 @@ def test_normal_maps_are_found_among_other_files(tmp_path: Path):
     save(Image.new("RGB", (24, 24), "red"), tmp_path / "a_normal.png")  # the numbers of a are there, too
     save(Image.new("RGB", (24, 24), "red"), tmp_path / "a.png")
     np.save(tmp_path / "a_depth.npy", np.zeros((3, 3)))
-    records = open_data_set(str(tmp_path), Form(SIZE, "normals"), None)
+    records = open_data_set(str(tmp_path), Preprocessing(SIZE, "normals"), None)
     assert len(records) == 2
     assert torch.equal(records.read(0), records.read(1))
     assert torch.equal(records.read(0), to_uint8(picture_of_b))
@@ -110,16 +109,16 @@ def test_normal_maps_are_found_among_other_files(tmp_path: Path):
 def test_arrays_that_are_no_normals(content: np.ndarray, message: str, tmp_path: Path):
     np.save(tmp_path / "x_normal.npy", content)
     with pytest.raises(IbmdError, match=message):
-        open_data_set(str(tmp_path), Form(SIZE, "normals"), None).read(0)
+        open_data_set(str(tmp_path), Preprocessing(SIZE, "normals"), None).read(0)
     (tmp_path / "x_normal.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(IbmdError, match="no file of NumPy"):
-        open_data_set(str(tmp_path), Form(SIZE, "normals"), None).read(0)
+        open_data_set(str(tmp_path), Preprocessing(SIZE, "normals"), None).read(0)
 
 
 def test_folder_without_normals(tmp_path: Path):
     save(Image.new("RGB", (24, 24)), tmp_path / "a.png")
     with pytest.raises(NotAvailable, match=r"no surface normals \(\*_normal\.npy, \*_normal\.png\) in it"):
-        open_data_set(str(tmp_path), Form(SIZE, "normals"), None)
+        open_data_set(str(tmp_path), Preprocessing(SIZE, "normals"), None)
 
 
 # ------------------------------------------------------------------------------------------------------- classes
@@ -135,22 +134,22 @@ def three(tmp_path: Path) -> Path:
 def test_classes_from_a_file(three: Path, tmp_path: Path):
     file = tmp_path / "classes.csv"
     file.write_text(f'x/a.png,7\n"x/b.png",0\n{three}/y/a.png,9\nother.png,1\n')
-    assert open_data_set(str(three), Form(SIZE), 10, str(file)).labels == [7, 0, 9]
+    assert open_data_set(str(three), Preprocessing(SIZE), 10, str(file)).labels == [7, 0, 9]
     with pytest.raises(UsageError, match=r"--labels .*: classes 0 … 9: the teacher has 0 … 8"):
-        open_data_set(str(three), Form(SIZE), 9, str(file))
+        open_data_set(str(three), Preprocessing(SIZE), 9, str(file))
     file.write_text("x/a.png,7\n")
     with pytest.raises(IbmdError, match=r"x/b\.png: no class for it in .*classes\.csv"):
-        open_data_set(str(three), Form(SIZE), 10, str(file))
+        open_data_set(str(three), Preprocessing(SIZE), 10, str(file))
     file.write_text("x/a.png,seven\n")
     with pytest.raises(UsageError, match=r"--labels .*: expected lines PATH,CLASS"):
-        open_data_set(str(three), Form(SIZE), 10, str(file))
+        open_data_set(str(three), Preprocessing(SIZE), 10, str(file))
     with pytest.raises(UsageError, match=r"--labels .*: cannot be read"):
-        open_data_set(str(three), Form(SIZE), 10, str(tmp_path / "absent.csv"))
+        open_data_set(str(three), Preprocessing(SIZE), 10, str(tmp_path / "absent.csv"))
 
 
 def test_digest_tells_names_and_sizes_not_the_place(three: Path, tmp_path: Path):
     def digest(folder: Path) -> str:
-        return open_data_set(str(folder), Form(SIZE), None).digest
+        return open_data_set(str(folder), Preprocessing(SIZE), None).digest
 
     before = digest(three)
     three = three.rename(tmp_path / "elsewhere")
@@ -173,10 +172,10 @@ def test_what_is_passed_over_in_a_folder_is_described_and_named_where_nothing_is
         folder.mkdir(exist_ok=True)
         (folder / "a.heic").touch()
     with pytest.raises(NotAvailable, match=r"no images in .*; passed over \d files? \(\.heic\): expected PNG, JPEG"):
-        open_data_set(str(tmp_path), Form(SIZE), None)
+        open_data_set(str(tmp_path), Preprocessing(SIZE), None)
     for folder in folders:
         save(picture(0), folder / "b.png")
-    told = open_data_set(str(tmp_path), Form(SIZE), None).describe(["source"])
+    told = open_data_set(str(tmp_path), Preprocessing(SIZE), None).describe(["source"])
     assert "1 source" in told
     assert f"; passed over {'2 files' if paired else '1 file'} (.heic): expected PNG, JPEG" in told
 
@@ -190,7 +189,7 @@ def test_addresses_of_data_are_refused_by_name(scheme: str):
 @pytest.mark.parametrize("reference", ["hf://datasets/name", "hf://datasets/", "hf://owner/name"])
 def test_references_of_data_sets(reference: str):
     with pytest.raises(UsageError, match="expected hf://datasets/OWNER/NAME"):
-        open_data_set(reference, Form(SIZE), None)
+        open_data_set(reference, Preprocessing(SIZE), None)
 
 
 needs_datasets = pytest.mark.skipif(not find_spec("datasets"), reason="needs the extra 'datasets'")
@@ -199,7 +198,7 @@ needs_datasets = pytest.mark.skipif(not find_spec("datasets"), reason="needs the
 @pytest.mark.skipif(bool(find_spec("datasets")), reason="the extra 'datasets' is installed")
 def test_data_sets_without_their_library():
     with pytest.raises(NotAvailable, match=r"pip install 'ibmd-cli\[datasets\]'"):
-        open_data_set("hf://datasets/owner/name", Form(SIZE), None)
+        open_data_set("hf://datasets/owner/name", Preprocessing(SIZE), None)
 
 
 def table(tmp_path: Path, **columns: str):
@@ -219,23 +218,23 @@ def table(tmp_path: Path, **columns: str):
 
 @needs_datasets
 def test_rows_of_a_data_set(tmp_path: Path):
-    rows = rows_of("hf://datasets/o/n", table(tmp_path, image="image", label="class"), None, Form(SIZE), 2)
+    rows = rows_of("hf://datasets/o/n", table(tmp_path, image="image", label="class"), None, Preprocessing(SIZE), 2)
     assert (len(rows), rows.labels) == (3, [1, 0, 1])
     for i in range(3):
-        assert torch.equal(rows.read(i), Form(SIZE)(picture(i), "by hand"))
+        assert torch.equal(rows.read(i), Preprocessing(SIZE)(picture(i), "by hand"))
     with pytest.raises(UsageError, match="classes 0 … 1: the teacher has 0 … 0"):
-        rows_of("hf://datasets/o/n", rows.table.add_column("label", [1, 0, 1]), None, Form(SIZE), 1)
+        rows_of("hf://datasets/o/n", rows.table.add_column("label", [1, 0, 1]), None, Preprocessing(SIZE), 1)
 
 
 @needs_datasets
 def test_column_of_images_is_chosen(tmp_path: Path):
     made = table(tmp_path, before="image", after="image")
-    assert len(rows_of("hf://datasets/o/n", made, "after", Form(SIZE), None)) == 3
+    assert len(rows_of("hf://datasets/o/n", made, "after", Preprocessing(SIZE), None)) == 3
     for column in (None, "other"):
         with pytest.raises(UsageError, match="choose its column of images by #COLUMN: it has before, after"):
-            rows_of("hf://datasets/o/n", made, column, Form(SIZE), None)
+            rows_of("hf://datasets/o/n", made, column, Preprocessing(SIZE), None)
     with pytest.raises(UsageError, match="expected one column of classes, found none"):
-        rows_of("hf://datasets/o/n", made, "after", Form(SIZE), 2)
+        rows_of("hf://datasets/o/n", made, "after", Preprocessing(SIZE), 2)
 
 
 @needs_datasets
@@ -246,7 +245,7 @@ def test_row_that_is_no_image(tmp_path: Path):
     made = datasets.Dataset.from_dict({"image": [str(tmp_path / "bad.png"), None]}).cast_column(
         "image", datasets.Image()
     )
-    rows = rows_of("hf://datasets/o/n", made, None, Form(SIZE), None)
+    rows = rows_of("hf://datasets/o/n", made, None, Preprocessing(SIZE), None)
     with pytest.raises(IbmdError, match=r"bad\.png: not an image"):
         rows.read(0)
     with pytest.raises(IbmdError, match="row 1: no image in it"):
@@ -302,4 +301,4 @@ def test_a_folder_that_the_library_would_take_for_the_data_set(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     save(picture(0), tmp_path / "owner" / "name" / "a.png")
     with pytest.raises(UsageError, match="the folder owner/name is here, and would be read instead"):
-        open_data_set("hf://datasets/owner/name", Form(SIZE), None)
+        open_data_set("hf://datasets/owner/name", Preprocessing(SIZE), None)

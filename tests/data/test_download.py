@@ -27,7 +27,7 @@ from ibmd_cli import hub
 from ibmd_cli.data import download
 from ibmd_cli.data.download import data_folder, data_sets, fetch, to_fetch, unpack
 from ibmd_cli.data.embedded import embedded_pairs, embedded_sources
-from ibmd_cli.data.forms import LAYOUTS, Form, read_normals
+from ibmd_cli.data.preprocessing import LAYOUTS, Preprocessing, read_normals
 from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.models.catalogue import published
@@ -186,12 +186,12 @@ def test_data_set_is_fetched_and_trained_on(
     assert to_fetch(["dataset:pairs"]) == []
     sources = SourceImages(["dataset:pairs"], tiny_config, QUIET)
     left = Image.open(io.BytesIO(jpeg(3))).crop((0, 0, 32, 32))
-    assert torch.equal(sources.pixels[2], Form(16, "ab")(Image.open(io.BytesIO(jpeg(3))), "x"))
+    assert torch.equal(sources.pixels[2], Preprocessing(16, "ab")(Image.open(io.BytesIO(jpeg(3))), "x"))
     assert np.abs(np.array(left.resize((16, 16))).transpose(2, 0, 1) - sources.pixels[2].numpy().astype(int)).max() < 2
     assert distill(*run).exit_code == 0  # it is there: not asked, not fetched again
     assert len(server.asked) == 1
     with pytest.raises(UsageError, match="--degrade jpeg-10: --data dataset:pairs are sources already"):
-        distill(*run, "--degrade", "jpeg-10")
+        distill(*run, "--out", tmp_path / "other", "--degrade", "jpeg-10")
 
 
 def test_surface_normals_become_pictures_as_they_arrive(

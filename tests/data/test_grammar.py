@@ -11,11 +11,11 @@ from distilling import SMALL, distill, same
 from PIL import Image
 from torch import Tensor
 
-from ibmd_cli.data.datasets import open_data_set
 from ibmd_cli.data.degradations import degrade
 from ibmd_cli.data.embedded import embedded_pairs
-from ibmd_cli.data.forms import Form
 from ibmd_cli.data.pairs import Pairs, open_pairs
+from ibmd_cli.data.preprocessing import Preprocessing
+from ibmd_cli.data.references import look_up_data, open_data_set
 from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.images.fit import fit, to_image, to_uint8
@@ -160,7 +160,7 @@ def test_pairs_further_down_are_not_taken_for_sources(targets: bool, tmp_path: P
     write(tmp_path / "data" / "train", "pairs")
     write(tmp_path / "data" / "test", "pairs")
     with pytest.raises(UsageError, match=r"holds pairs in .*data/test: give --data .*data/test"):
-        open_data_set(str(tmp_path / "data"), Form(32), None, targets=targets)
+        open_data_set(str(tmp_path / "data"), Preprocessing(32), None, targets=targets)
 
 
 @pytest.mark.parametrize(
@@ -177,27 +177,27 @@ def test_half_a_pair_is_refused_where_both_halves_are_needed(remove: str, target
     folder = write(tmp_path / "data", "pairs")
     (folder / remove).rename(tmp_path / "elsewhere")
     with pytest.raises(IbmdError, match=message):
-        open_data_set(str(folder), Form(32), None, targets=targets)
+        open_data_set(str(folder), Preprocessing(32), None, targets=targets)
 
 
 def test_sources_without_targets_are_enough_for_students(tmp_path: Path):
     folder = write(tmp_path / "data", "pairs")
     (folder / "target" / "2.png").unlink()
-    assert len(open_data_set(str(folder), Form(32), None)) == COUNT
+    assert len(open_data_set(str(folder), Preprocessing(32), None)) == COUNT
 
 
 def test_data_without_targets_are_refused_where_they_are_needed(tmp_path: Path):
     with pytest.raises(NotAvailable, match="--data builtin:outline2emoji: has sources alone"):
-        open_data_set("builtin:outline2emoji", Form(32), None, targets=True)
+        open_data_set("builtin:outline2emoji", Preprocessing(32), None, targets=True)
     folder = write(tmp_path / "data", "pairs") / "source"
     with pytest.raises(NotAvailable, match=r"no folder .*; expected source/ and target/ in it"):
-        open_data_set(str(folder), Form(32), None, targets=True)
+        open_data_set(str(folder), Preprocessing(32), None, targets=True)
 
 
 def test_a_layout_does_not_go_with_folders_of_pairs(tmp_path: Path):
     folder = write(tmp_path / "data", "pairs")
     with pytest.raises(UsageError, match=r"holds source/ and target/: leave out --layout ab"):
-        open_data_set(str(folder), Form(32, "ab"), None)
+        open_data_set(str(folder), Preprocessing(32, "ab"), None)
 
 
 def test_pairs_of_unequal_shapes_are_named_and_counted(
@@ -228,9 +228,8 @@ def test_pictures_are_fitted_as_asked_in_training_and_evaluation(mode: str, layo
     expected = [to_uint8(fit(x, 32, mode)[0]) for x in (wide, other)]
     sources = SourceImages([str(tmp_path / "data")], teacher, QUIET, layout=layout, fit=mode, targets=True)
     assert torch.equal(sources.pixels[0], torch.cat(expected))
-    held_out = Pairs(
-        open_data_set(str(tmp_path / "data"), Form(32, layout, fit=mode), None, targets=True), 32, "", None, "", 0
-    )
+    found = open_data_set(str(tmp_path / "data"), Preprocessing(32, layout, fit=mode), None, targets=True)
+    held_out = Pairs(found, 32, "", None, "", 0)
     batch = held_out.read([0])
     assert torch.equal(to_uint8(batch.sources.x_T[0]), expected[0])
     assert torch.equal(batch.truth[0], expected[1])
@@ -274,3 +273,19 @@ def test_the_plan_says_what_is_taken(options: list[str], expected: str, tiny_tea
     assert plan["images that are not square"] == expected
     taken = "6 targets, made into sources by jpeg-10; 6 sources" if "--degrade" in options else "6 sources; 6 targets"
     assert plan["data"] == [f"{folder}: {taken} are not used by this objective"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "hints"), [("ab", "", 1), ("ab", "ab", 0), ("ab and one more", "", 0), ("pairs", "", 0)]
+)
+def test_pictures_side_by_side_without_a_layout_are_pointed_out(
+    kind: str, layout: str, hints: int, teacher: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    folder = write(tmp_path / "data", kind.partition(" ")[0])
+    if "more" in kind:
+        save(picture(embedded_pairs().x_0[0]), folder / "more.png")
+    SourceImages([str(folder)], teacher, Reporter(), layout=layout)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("twice as wide as high: of pairs side by side? Then give --layout ab") == hints
+    told = look_up_data([str(folder)], teacher, "", layout, "")
+    assert sum("--layout ab" in line for line in told) == hints

@@ -14,8 +14,8 @@ from distilling import SMALL, distill, interrupt, log, same
 from torch import Tensor
 
 import ibmd_cli.data.sources
-from ibmd_cli.data.datasets import open_data_set
-from ibmd_cli.data.forms import Form
+from ibmd_cli.data.preprocessing import Preprocessing
+from ibmd_cli.data.references import open_data_set
 from ibmd_cli.data.sources import Reader, SourceImages, count_workers
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.images.fit import to_image
@@ -91,7 +91,8 @@ def test_large_sets_give_the_batches_of_small_ones(
 
 
 def test_broken_images_give_way_to_the_next(photos: Path):
-    reader = Reader([open_data_set(str(photos), Form(SIZE), 4), open_data_set(str(photos / "0"), Form(SIZE), None)])
+    how = Preprocessing(SIZE)
+    reader = Reader([open_data_set(str(photos), how, 4), open_data_set(str(photos / "0"), how, None)])
     batch = reader[[4, 5, 19, 20]]
     assert (batch.asked, batch.rows, sorted(batch.broken)) == ([4, 5, 19, 20], [4, 6, 20, 20], [5, 19])
     assert "damaged or incomplete" in batch.broken[5]

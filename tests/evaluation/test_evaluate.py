@@ -694,7 +694,7 @@ def test_teacher_that_fills_holes_of_classes(tmp_path: Path, tiny_config: dict):
     inside[4:12, 4:12] = True
     assert np.array_equal(drawn[~inside], truth[~inside])
     assert not np.array_equal(drawn[inside], truth[inside])
-    with pytest.raises(IbmdError, match=r"needs classes or masks: give clean images"):
+    with pytest.raises(UsageError, match=r"fills holes: give clean images and --degrade inpaint-"):
         run(*arguments)
 
 

@@ -24,7 +24,7 @@ FITS = ("pad", "stretch", "crop")
 
 
 @dataclass(frozen=True)
-class Form:
+class Preprocessing:
     """How a picture becomes the pixels of a source, or of the target that a source is made of.
 
     Square pictures are scaled as the teachers' authors did: halves of pairs by a bicubic filter, ImageNet's
