@@ -30,4 +30,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the known names that are most like `name`, or all of them, for a message."""
     names = {one.lower(): one for one in known}
     alike = [name.lower()] if name.lower() in names else difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
-    return "nearest: " + ", ".join(names[one] for one in alike or names)
+    return ("nearest: " if alike else "expected one of: ") + ", ".join(names[one] for one in alike or names)

@@ -33,14 +33,14 @@ def evaluate(config: EvalConfig, run: EvalRun, common: Common) -> None:
     """
     spread(run.processes, config.device)
     from ibmd_cli.evaluation.evaluate import evaluate
-    from ibmd_cli.evaluation.tables import tables
+    from ibmd_cli.evaluation.tables import layout
 
     reporter = Reporter(common.quiet or this_process().rank > 0)
     results = evaluate(config, reporter)
     if results and common.as_json:
         print_json(results)
     elif results:
-        show(tables(results))
+        show(layout(results))
     if config.out is None:
         reporter.note("next: the same with --out report, for a page with pictures; nothing was written")
     else:

@@ -62,5 +62,7 @@ class EvalConfig(Record):
             from ibmd_cli.metrics.scores import METRICS  # imports PyTorch
 
             for name in self.metrics:
+                if not name:
+                    raise UsageError(f"--metric {','.join(self.metrics)}: an empty name: expected e.g. fid,lpips_vgg")
                 if name not in METRICS:
                     raise UsageError(f"--metric {name}: no such metric: {nearest(name, METRICS)}")

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
 from ibmd_cli.evaluation import tables
+from ibmd_cli.evaluation.tables import Results
 from ibmd_cli.files import atomic_file
 from ibmd_cli.html import Chart, Line, Mark, across, asset, data_uri, render, upwards
 
@@ -31,98 +32,78 @@ MOST_BYTES = 8_000_000
 """Of all pictures on the page."""
 WIDEST = 512
 """Pixels; wider pictures are scaled down."""
-SMALL = 128
+UNSCALED = 128
 """Pixels; pictures up to this size stay as they are and are enlarged by repetition of pixels."""
 SEVERAL = 4
 """Sources of which several draws are shown."""
 
-Data = Mapping[str, Any]
 
-
-def write_report(out: Path, results: Data) -> None:
+def write_report(out: Path, results: Results) -> None:
     """Write `report.html`, whole or not at all.
 
     Args:
         out: folder with the pictures that `results["shown"]` names.
         results: the content of `results.json`.
     """
-    kinds, script = _kinds(results), asset("report.js")
-    scores = tables.scores(results)
+    script, rows = asset("report.js"), results["rows"]
+    students = list(dict.fromkeys(row["label"] for row in rows if row["model"] == "student"))
+    teacher, *others = SHAPES
+    kinds = {"teacher": teacher} if len(students) < len(rows) else {}
+    kinds |= {label: others[i % len(others)] for i, label in enumerate(students)}
     albums = [album for album in (*_by_model(results), *_by_draw(results)) if album.rows]
+    settings = results["settings"]
     page = render(
         "report.html",
         results=results,
-        settings=results["settings"],
+        settings=settings,
         tables=tables,
         title=_title(results),
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        summaries=[(tables.sentence(results, gap), _facts(results, gap)) for gap in tables.against_best(results)],
-        scores=scores._replace(columns=scores.columns + tables.floor_column(results)),
-        notes=list(_notes(results)),
-        differences={tables.named(results["rows"][i]): table for i, table in tables.differences(results).items()},
+        summaries=[(tables.sentence(results, *gap), _summary(results, *gap)) for gap in tables.against_best(results)],
+        scores=tables.score_table(results, floors=True),
+        notes=list(tables.notes(results)),
+        differences={tables.named(rows[i]): table for i, table in tables.gap_tables(results).items()},
         kinds={label: (kind, SHAPES[kind]) for label, kind in kinds.items()},
-        has_band=any(map(_band, results["floor"].values())),
+        has_band=any(map(_has_band, results["floor"].values())),
         charts={name: _charts(results, kinds, name) for name in results["metrics"]},
         albums=albums,
         pictures=_embed(out, albums),
         student=next((i for i, head in enumerate(albums[0].heads) if head.startswith("student")), 1) if albums else 0,
-        models=_models(results),
-        texts={
-            k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in results["settings"].items()
-        },
+        models=_origins(results),
+        texts={k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in settings.items()},
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     with atomic_file(out / "report.html") as new:
         new.write_text(page, encoding="utf-8", errors="surrogateescape")
 
 
-# ------------------------------------------------------------------------------------------------------- in words
+def _title(results: Results) -> str:
+    names: dict[str, dict[str, None]] = {"student": {}, "teacher": {}}
+    for row in results["rows"]:
+        names[row["model"]][row["reference"]] = None
+    return " against ".join(f"{model} {' and '.join(found)}" for model, found in names.items() if found)
 
 
-def _title(results: Data) -> str:
-    sides = []
-    for model in ("student", "teacher"):
-        names = dict.fromkeys(row["reference"] for row in results["rows"] if row["model"] == model)
-        sides += [f"{model} {' and '.join(names)}"] if names else []
-    return " against ".join(sides)
-
-
-def _facts(results: Data, gap: Data) -> dict[str, str]:
+def _summary(results: Results, gap: Results, name: str) -> dict[str, str]:
     """Return the main figures of a comparison: what they are → the figures."""
-    name = tables.leading(results)
-    assert name is not None
     metric, row, teacher = results["metrics"][name], results["rows"][gap["row"]], results["rows"][gap["against"]]
     facts = {}
     if ratio := tables.resolved(gap):
-        what = "speed" if ratio > 1 else "time"
-        spread = gap["speed_up_range"] if ratio > 1 else [1 / end for end in gap["speed_up_range"][::-1]]
-        facts[f"the {what} of the {tables.named(teacher)} ({tables.between(spread)})"] = (
-            f"{tables.rounded(max(ratio, 1 / ratio))}×"
-        )
+        what, spread = "speed", gap["speed_up_range"]
+        if ratio < 1:
+            what, spread = "time", [1 / end for end in spread[::-1]]
+        times = f"{tables.rounded(max(ratio, 1 / ratio))}×"
+        facts[f"the {what} of the {tables.named(teacher)} ({tables.between(spread)})"] = times
     same = row["nfe"] == teacher["nfe"]
     facts["per image, as the teacher" if same else f"per image, instead of {teacher['nfe']} NFE"] = f"{row['nfe']} NFE"
     took, instead = (tables.rounded(one["ms_per_image"]) for one in (row, teacher))
     facts["per image" + (f", instead of {instead} ms" if ratio else "")] = f"{took} ms"
-    bounds = tables.interval(gap[name], metric, "+")
-    words = f"{tables.heading(metric)} minus the teacher's" + (f", 95 % interval {bounds}" if bounds else "")
+    ends = tables.bounds(gap[name], metric, "+")
+    words = f"{tables.heading_of(metric)} minus the teacher's" + (f", 95 % interval {ends}" if ends else "")
     return facts | {words: tables.number(gap[name]["value"], metric, "+")}
 
 
-def _notes(results: Data) -> Iterator[str]:
-    """Yield what one has to know to read the table."""
-    yield "↓ lower is better, ↑ higher is better. The best of a row is bold."
-    yield f"Below a value: {tables.intervals(results)}"
-    yield from tables.legend(results)
-    if results["floor"]:
-        yield (
-            "Real images against real images: random halves of the truth (what chance alone makes of a perfect model), "
-            "or unrelated images in pairs (what a model gets that ignores its source)."
-        )
-    yield tables.conditions(results)
-    yield from tables.cautions(results)
-
-
-def _models(results: Data) -> list[tuple[str, str]]:
+def _origins(results: Results) -> list[tuple[str, str]]:
     """Return the label of each model, and what it was loaded from."""
     calls: dict[tuple[str, str], list[str]] = {}
     for row in results["rows"]:
@@ -134,27 +115,22 @@ def _models(results: Data) -> list[tuple[str, str]]:
 # --------------------------------------------------------------------------------------------------------- charts
 
 
-def _kinds(results: Data) -> dict[str, str]:
-    """Return for each model its colour: the teacher's always the same."""
-    students = [row["label"] for row in results["rows"] if row["model"] == "student"]
-    teacher, *others = SHAPES
-    kinds = {"teacher": teacher} if len(students) < len(results["rows"]) else {}
-    return kinds | {label: others[i % len(others)] for i, label in enumerate(students)}
+def _has_band(floor: Results | None) -> bool:
+    """Tell whether the range of what real images score against real images is known."""
+    return floor is not None and floor["kind"] == "halves" and floor.get("low") is not None
 
 
-def _band(floor: Data | None) -> list[float]:
-    """Return the range of what real images score against real images."""
-    shown = floor is not None and floor["kind"] == "halves" and floor.get("low") is not None
-    return [floor["low"], floor["high"]] if floor is not None and shown else []
-
-
-def _charts(results: Data, kinds: Mapping[str, str], name: str) -> dict[str, Chart]:
+def _charts(results: Results, kinds: Mapping[str, str], name: str) -> dict[str, Chart]:
     """Return the charts of a score over network calls and over time: words for the axis → the chart."""
     metric, rows = results["metrics"][name], [row for row in results["rows"] if name in row]
-    band = [metric["scale"] * end for end in _band(results["floor"].get(name))]
-    values = [
-        metric["scale"] * v for row in rows for v in map(row[name].get, ("low", "value", "high")) if v is not None
-    ]
+
+    def ends(score: Results) -> list[float]:
+        known = (score.get(end) for end in ("low", "value", "high"))
+        return [metric["scale"] * end for end in known if end is not None]
+
+    floor = results["floor"].get(name)
+    band = ends(floor) if _has_band(floor) else []
+    values = [end for row in rows for end in ends(row[name])]
     charts = {}
     for key, words in (("nfe", "network evaluations per image"), ("ms_per_image", "ms per image")):
         x = across(min(row[key] for row in rows) / 1.6, max(row[key] for row in rows) * 1.6, log=True)
@@ -164,17 +140,17 @@ def _charts(results: Data, kinds: Mapping[str, str], name: str) -> dict[str, Cha
             kind, score = kinds[row["label"]], row[name]
             # a little aside, so that models with the same number of calls do not hide each other
             at = x(row[key]) - (6 * list(kinds).index(row["label"]) if key == "nfe" else 0)
-            hint = f"{tables.named(row)}: {tables.value(score, metric)} {tables.interval(score, metric)}"
-            low, high = (None if score.get(end) is None else metric["scale"] * score[end] for end in ("low", "high"))
-            middle, level = metric["scale"] * score["value"], row["model"] == "student"
-            marks.append(Mark(kind, SHAPES[kind], hint, at, middle, low, high, level))
+            hint = f"{tables.named(row)}: {tables.value(score, metric)} {tables.bounds(score, metric)}"
+            level = metric["scale"] * score["value"]
+            low, _, high = found if len(found := ends(score)) == 3 else (None, None, None)
+            marks.append(Mark(kind, SHAPES[kind], hint, at, level, low, high, row["model"] == "student"))
         charts[words] = Chart(
             label=f"{metric['label']} against {key}",
             x=x,
             y=upwards([*values, *band]),
             lines=[Line(kinds["teacher"], teacher)] if teacher else [],
             marks=marks,
-            band=(band[0], band[1]) if band else None,
+            band=(band[0], band[-1]) if band else None,
         )
     return charts
 
@@ -182,14 +158,8 @@ def _charts(results: Data, kinds: Mapping[str, str], name: str) -> dict[str, Cha
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-class Picture(NamedTuple):
-    """A picture in a table.
-
-    Attributes:
-        file: relative to the folder of the evaluation.
-        alt: what it is.
-        note: stands below it.
-    """
+class Tile(NamedTuple):
+    """A picture in an album: its file in the folder of the evaluation, what it is, and what stands below it."""
 
     file: str
     alt: str
@@ -198,59 +168,51 @@ class Picture(NamedTuple):
 
 @dataclass
 class Album:
-    """Pictures of sources, a row each.
-
-    Attributes:
-        title: stands above it.
-        heads: of the columns.
-        rows: pictures, as many as heads.
-        left_out: rows for which there was no room.
-    """
+    """Pictures of sources, a row each, in columns with heads; `left_out` more rows found no room."""
 
     title: str
     heads: list[str]
-    rows: list[list[Picture]]
+    rows: list[list[Tile]]
     left_out: int = 0
 
 
-def _by_model(results: Data) -> Iterator[Album]:
+def _by_model(results: Results) -> Iterator[Album]:
     """Yield the teacher at fewest and at most calls beside the students: for sources by chance, the best, the worst."""
-    columns = [*_rows(results, "teacher")[:1], *_rows(results, "teacher")[1:][-1:], *_rows(results, "student")]
+    teachers = _numbers(results, "teacher")
+    columns = [*teachers[:1], *teachers[1:][-1:], *_numbers(results, "student")]
     names = [tables.named(results["rows"][i]) for i in columns]
     metric = results["metrics"].get(results["shown_by"])
     for why in ("even", "best", "worst"):
-        album = Album("evenly spaced over the pairs", ["source", *names, "truth"], [])
-        if why != "even":
-            album.title = f"{why} {tables.heading(metric)} of {tables.named(results['rows'][0])}" if metric else why
+        by = f"{why} {tables.heading_of(metric)} of {tables.named(results['rows'][0])}" if metric else why
+        album = Album("evenly spaced over the pairs" if why == "even" else by, ["source", *names, "truth"], [])
         for entry in (entry for entry in results["shown"] if entry["why"] == why):
-            files = [entry["rows"][i][0] for i in columns]
-            scored = metric is not None and entry["score"] is not None and why != "even"
-            note = tables.number(entry["score"], metric or {}) if scored else ""
-            album.rows.append(_row(entry, names, files, columns.index(0), note))
+            tiles = _tiles(entry, names, [entry["rows"][i][0] for i in columns])
+            if metric and why != "even" and entry["score"] is not None:
+                scored = 1 + columns.index(0)
+                tiles[scored] = tiles[scored]._replace(note=tables.number(entry["score"], metric))
+            album.rows.append(tiles)
         yield album
 
 
-def _by_draw(results: Data) -> Iterator[Album]:
+def _by_draw(results: Results) -> Iterator[Album]:
     """Yield for each student, and for the teacher at most calls, several draws of some sources."""
-    for i in [*_rows(results, "student"), *_rows(results, "teacher")[-1:]]:
+    for i in [*_numbers(results, "student"), *_numbers(results, "teacher")[-1:]]:
         entries = [entry for entry in results["shown"] if entry["why"] == "even" and len(entry["rows"][i]) > 1]
         name = tables.named(results["rows"][i])
         draws = [f"z {k + 1}" for k in range(len(entries[0]["rows"][i]))] if entries else []
-        rows = [_row(entry, [f"{name}, {draw}" for draw in draws], entry["rows"][i]) for entry in entries[:SEVERAL]]
+        rows = [_tiles(entry, [f"{name}, {draw}" for draw in draws], entry["rows"][i]) for entry in entries[:SEVERAL]]
         yield Album(f"one source, several z: {name}", ["source", *draws, "truth"], rows)
 
 
-def _rows(results: Data, model: str) -> list[int]:
+def _numbers(results: Results, model: str) -> list[int]:
     return [i for i, row in enumerate(results["rows"]) if row["model"] == model]
 
 
-def _row(entry: Data, names: Sequence[str], files: Sequence[str], noted: int = 0, note: str = "") -> list[Picture]:
-    """Return the pictures of a source: itself, files, the one of number `noted` with a note, and the truth."""
+def _tiles(entry: Results, names: Sequence[str], files: Sequence[str]) -> list[Tile]:
+    """Return the pictures of a source: itself, `files`, which show what `names` say, and the truth."""
     name = entry["name"]
-    middle = [Picture(file, f"{name}: {of}") for of, file in zip(names, files, strict=True)]
-    if middle:
-        middle[noted] = middle[noted]._replace(note=note)
-    return [Picture(entry["source"], f"{name}: source", name), *middle, Picture(entry["truth"], f"{name}: truth")]
+    middle = [Tile(file, f"{name}: {of}") for of, file in zip(names, files, strict=True)]
+    return [Tile(entry["source"], f"{name}: source", name), *middle, Tile(entry["truth"], f"{name}: truth")]
 
 
 def _embed(out: Path, albums: Sequence[Album]) -> dict[str, tuple[bool, str]]:
@@ -259,7 +221,7 @@ def _embed(out: Path, albums: Sequence[Album]) -> dict[str, tuple[bool, str]]:
     Returns:
         file → whether its pixels are repeated, and its content as an address.
     """
-    files = [picture.file for album in albums for row in album.rows for picture in row]
+    files = [tile.file for album in albums for row in album.rows for tile in row]
     images = {file: _image(out / file) for file in set(files)}
     share = MOST_BYTES / max(1, sum(len(images[file][1]) for file in files))
     for album in albums:
@@ -270,7 +232,7 @@ def _embed(out: Path, albums: Sequence[Album]) -> dict[str, tuple[bool, str]]:
 
 def _image(file: Path) -> tuple[bool, str]:
     with Image.open(file) as image:
-        if max(image.size) <= SMALL:
+        if max(image.size) <= UNSCALED:
             return True, data_uri(file.read_bytes())
         image.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()

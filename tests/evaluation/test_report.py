@@ -100,14 +100,15 @@ def typeset(text: str) -> str:
 
 
 def test_tables_hold_the_results(page: Page, results: dict):
-    lines = {name: [] for name in tables.costs(results)} | {tables.label(m): [] for m in results["metrics"].values()}
+    labels, columns = tables.score_table(results)
+    lines: dict[str, list] = {label: [] for label in labels}
     for label, *cells in page.rows:
         if label in lines:
             lines[label].append(cells)
-    for name, metric in results["metrics"].items():
-        scores, first, second = lines[tables.label(metric)]
+    for (name, metric), label in zip(results["metrics"].items(), labels, strict=False):
+        scores, first, second = lines[label]
         for cell, row in zip(scores, results["rows"], strict=False):
-            expected = [tables.value(row[name], metric), tables.interval(row[name], metric)]
+            expected = [tables.value(row[name], metric), tables.bounds(row[name], metric)]
             assert cell == typeset(" ".join(expected)).strip()
         gaps = sorted(results["differences"], key=lambda gap: gap["row"])  # a table for each student
         for cell, gap in zip([*first, *second], gaps, strict=True):
@@ -116,13 +117,15 @@ def test_tables_hold_the_results(page: Page, results: dict):
     assert lines["KID ×1000 ↓"][0][-1] == typeset("0.0 [-20.0,20.0] halves")
     assert lines["PSNR dB ↑*"][0][-1] == typeset("8.00 [7.00,9.00] unrelated")
     assert lines["KID ×1000 ↓"][0][1] == typeset("0.0 [-10.0,10.0]")
-    for name, cost in tables.costs(results).items():
-        assert lines[name] == [[*(typeset(f"{cell.text} {cell.small}".strip()) for cell in cost), ""]]
+    assert labels[-3:] == ["ms/image", "images/s", "peak MiB"]
+    for row in (-3, -2, -1):
+        costs = [column.cells[row] for column in columns]
+        assert lines[labels[row]] == [[*(typeset(f"{cell.text} {cell.small}".strip()) for cell in costs), ""]]
 
 
 def test_words_and_origins(page: Page, results: dict):
-    for gap in tables.against_best(results):
-        assert typeset(tables.interval(gap["energy_score"], results["metrics"]["energy_score"], "+")) in page.text
+    for gap, _ in tables.against_best(results):
+        assert typeset(tables.bounds(gap["energy_score"], results["metrics"]["energy_score"], "+")) in page.text
     for text in (*results["protocol"].values(), results["command"], *(row["sha256"] for row in results["rows"])):
         assert text in page.text
     assert "1, 10, 100 NFE" not in page.text  # the fixture's weights differ

@@ -21,19 +21,19 @@ def results() -> dict:
 def shown(results: dict, width: int) -> str:
     """What a terminal of this width shows."""
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    console.print(tables.tables(results))
+    console.print(tables.layout(results))
     return console.file.getvalue()
 
 
 def test_numbers(results: dict):
     kid, psnr, diversity = (results["metrics"][name] for name in ("kid", "psnr", "diversity"))
-    assert tables.heading(kid) == "KID ×1000 ↓"
-    assert tables.heading(diversity) == "diversity"
-    assert tables.label(psnr) == "PSNR dB ↑*"
+    assert tables.heading_of(kid) == "KID ×1000 ↓"
+    assert tables.heading_of(diversity) == "diversity"
+    assert tables.score_table(results).labels[2] == "PSNR dB ↑*"
     assert tables.value({"value": -0.00001}, kid) == "0.0"  # not -0.0
     assert tables.value({"value": 0.0968, "deviation": 0.002}, kid) == "96.8 ±2.0"
-    assert tables.interval({"low": -0.01, "high": 0.02}, kid, "+") == "[-10.0,+20.0]"
-    assert tables.interval({"low": None, "high": None}, kid) == ""
+    assert tables.bounds({"low": -0.01, "high": 0.02}, kid, "+") == "[-10.0,+20.0]"
+    assert tables.bounds({"low": None, "high": None}, kid) == ""
     assert tables.value({"value": 17.346}, psnr, "+") == "+17.35"
 
 
@@ -72,18 +72,18 @@ def test_best_is_best_as_it_is_shown(results: dict):
 
 def test_the_sentence_compares_with_the_teacher_at_its_best(results: dict):
     first, second = tables.against_best(results)
-    assert (first["against"], second["against"]) == (3, 3)
-    assert tables.sentence(results, first) == (
+    assert [(gap["against"], name) for gap, name in (first, second)] == [(3, "energy_score")] * 2
+    assert tables.sentence(results, *first) == (
         "The energy score of student A is 2.06 with one evaluation per image; the teacher's best is 2.00 with 10 "
         "evaluations. The difference is +0.06 [-0.14,+0.26], not resolved. Student A is 10 times as fast "
         "(9.2–11 over the timed calls)."
     )
-    assert "+0.46 [+0.26,+0.66], in favour of the teacher. Student B is 5.0 times" in tables.sentence(results, second)
-    first["energy_score"].update(value=-0.5, low=-0.6, high=-0.4)
+    assert "+0.46 [+0.26,+0.66], in favour of the teacher. Student B is 5.0 times" in tables.sentence(results, *second)
+    first[0]["energy_score"].update(value=-0.5, low=-0.6, high=-0.4)
     results["rows"][0]["label"] = "student"
-    assert "in favour of the student. The student is" in tables.sentence(results, first)
-    first["energy_score"].update(low=None, high=None)
-    assert "The difference is -0.50. The student is" in tables.sentence(results, first)
+    assert "in favour of the student. The student is" in tables.sentence(results, *first)
+    first[0]["energy_score"].update(low=None, high=None)
+    assert "The difference is -0.50. The student is" in tables.sentence(results, *first)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_tables_say_what_is_there(results: dict, tmp_path: Path, images: int, wo
 
 def test_higher_may_be_better(results: dict):
     results["metrics"] = {name: results["metrics"][name] for name in ("diversity", "psnr")}
-    assert [gap["against"] for gap in tables.against_best(results)] == [2, 2]
-    assert "The PSNR of student A is 17.33" in tables.sentence(results, tables.against_best(results)[0])
+    assert [gap["against"] for gap, _ in tables.against_best(results)] == [2, 2]
+    assert "The PSNR of student A is 17.33" in tables.sentence(results, *tables.against_best(results)[0])
     results["metrics"] = {"diversity": results["metrics"]["diversity"]}
     assert tables.against_best(results) == []
 
@@ -167,7 +167,7 @@ def test_tables_fit_any_terminal_and_lose_nothing(results: dict, width: int):
         for name, metric in results["metrics"].items():
             assert {
                 tables.number(gap[name]["value"], metric, "+"),
-                *tables.interval(gap[name], metric, "+").split(),
+                *tables.bounds(gap[name], metric, "+").split(),
             } <= words
     assert text.count("energy score ↓*") == {40: 12, 72: 5, 100: 3, 200: 2}[width]  # a table each
 
