@@ -6,28 +6,32 @@ depends on seed, name and sample alone. What was measured of a batch is a file (
 evaluation continues and several processes share the work; `summary` makes the results of all files.
 """
 
+import csv
 import errno
 import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ibmd_cli import __version__
 from ibmd_cli.data.pairs import Pairs, batches, open_pairs
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
-from ibmd_cli.evaluation import pictures, summary
+from ibmd_cli.evaluation import pictures
 from ibmd_cli.evaluation.config import BUILTIN, EvalConfig
 from ibmd_cli.evaluation.fid_reference import read_reference
 from ibmd_cli.evaluation.measure import Entry, Measurement, Parts, measure
 from ibmd_cli.evaluation.protocols import Protocol, find_protocol
 from ibmd_cli.evaluation.report import write_report
+from ibmd_cli.evaluation.summary import summarise
 from ibmd_cli.files import atomic_file
 from ibmd_cli.images.decode import shown
 from ibmd_cli.metrics.features import Network, load_network
@@ -37,6 +41,10 @@ from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.teachers import TeacherRef, load_teacher
 from ibmd_cli.processes import connect, this_process
 from ibmd_cli.reporting import Reporter, counted
+from ibmd_cli.settings import settings, to_json
+
+FREE = ("preset", "weights", "fetch", "reference", "out")
+"""Settings with which an evaluation is continued whatever their value: the plan holds hashes of models and networks."""
 
 
 def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
@@ -57,89 +65,83 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         IbmdError: pairs that do not match or are too few, images of another size than the models', `out` in use.
     """
     process = this_process()
-    rank, count = process.rank, process.count
-    if count > 1 and config.out is None:
+    if process.count > 1 and config.out is None:
         raise UsageError("--processes: several processes need --out FOLDER, where they put what they measure")
-    if config.out is not None and rank == 0:
+    if config.out is not None and process.rank == 0:
         _check_out(config.out)
     protocol = find_protocol(config.protocol)
     check_given(config.weights)
     device = resolve_device(config.device)
-    if count > 1 and device.type == "cuda":
+    if process.count > 1 and device.type == "cuda":
         device = torch.device("cuda", process.local_rank)
-    samples = config.samples or (4 if protocol is None else 1)
-    entries = load_entries(config, samples, device, reporter)
-    data = config.data or _own_data(entries)
-    pairs = _open(config, protocol, data, entries)
+    config = replace(config, samples=config.samples or (4 if protocol is None else 1))
+    entries = load_entries(config, device, reporter)
+    config = replace(config, data=config.data or _own_data(entries))
+    pairs = _open(config, protocol, entries)
     if pairs.data.passed:
-        reporter.warn(f"--data {data}: {pairs.data.passed}")
-    names, networks, left_out = choose_metrics(config, protocol, pairs, samples, device, reporter, entries)
-    if config.reference is not None and "fid" not in (*names, *left_out):
-        raise UsageError(f"--reference {config.reference}: is of the FID, which is not measured: add --metric fid")
+        reporter.warn(f"--data {config.data}: {pairs.data.passed}")
+    names, networks, left_out = choose_metrics(config, protocol, entries, pairs, device, reporter)
+    config, reference = replace(config, metrics=tuple(names)), None
+    if config.reference is not None:
+        if "fid" not in (*names, *left_out):
+            raise UsageError(f"--reference {config.reference}: is of the FID, which is not measured: add --metric fid")
+        if "fid" in names and process.rank == 0:
+            reference = read_reference(config.reference, networks["inception"], reporter)
     measurement = Measurement(
-        metrics=tuple(names),
+        metrics=config.metrics,
         seed=config.seed,
         seeds=config.seeds,
-        pool=_pool(entries, pairs),
+        # none for super-resolution, whose sources give the pooled pixels away
+        pool=1 if entries[0].model.source_scale > 1 or pairs.degradation.startswith("sr4x") else 4,
         truncate=protocol is not None and protocol.uint8 == "truncate",
-        enlarge=(protocol.enlarge or None) if protocol else None,
+        enlarge=protocol.enlarge if protocol else None,
     )
-    reference = None
-    if config.reference is not None and "fid" in names and rank == 0:
-        reference = read_reference(config.reference, networks["inception"], reporter)
     rows = batches(len(pairs.names), config.batch_size)
-    settings = {**_settings(config, data, pairs, entries, samples, device), "batch_size": len(rows[0])}
-    settings["processes"] = count
-    plan = _plan(config, settings, entries, pairs, networks, measurement)
-    with connect() as all_gather, _parts(config.out, plan, len(rows), rank) as parts:
+    plan = _plan(config, entries, pairs, networks, device)
+    with connect() as all_gather, _parts(config.out, plan, len(rows), process.rank) as parts:
         all_gather(None)  # the first process has begun the folder
-        reporter.note(f"evaluating on {counted(len(pairs.names), 'pair')} of {data}, device {device}")
-        measure(entries, pairs, rows, networks, measurement, parts, device, reporter, rank, count)
+        reporter.note(f"evaluating on {counted(len(pairs.names), 'pair')} of {config.data}, device {device}")
+        share = range(process.rank, len(rows), process.count)
+        measure(entries, pairs, rows, networks, measurement, parts, device, reporter, share)
         all_gather(None)  # all parts are there
-        if rank > 0:
+        if process.rank > 0:
             return {}
+        settings = {
+            **{name: to_json(config)[name] for name in ("data", "samples", "seed", "seeds", "protocol", "reference")},
+            "images": len(pairs.names),
+            "size": [entries[0].model.image_size] * 2,
+            "degrade": pairs.degradation or None,
+            "batch_size": len(rows[0]),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "processes": process.count,
+            "torch": torch.__version__,
+        }
         context = {"command": shlex.join(["ibmd", *sys.argv[1:]]), "settings": settings, "left_out": left_out}
-        results, terms = summary.summarise(
-            entries, pairs.names, measurement, networks, parts, context, protocol, reference
-        )
-        results = _spelled(results)
+        results, terms = summarise(entries, pairs.names, measurement, networks, parts, context, protocol, reference)
+        results = _printable(results)
         if config.out is not None:
             chosen = pictures.choose(terms, len(pairs.names))
             results |= pictures.write(config.out, chosen, terms, entries, pairs, measurement, device)
-            summary.write_scores(config.out / "scores.csv", pairs.names, terms)
-            with atomic_file(config.out / "results.json") as new:
-                text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-                new.write_text(text, encoding="utf-8", errors="backslashreplace")
-            write_report(config.out, results)
+            _write(config.out, results, pairs.names, terms)
             reporter.note(f"wrote {config.out / 'report.html'}, with results.json and pictures beside it")
         return results
 
 
 def _plan(
-    config: EvalConfig,
-    settings: Mapping[str, Any],
-    entries: list[Entry],
-    pairs: Pairs,
-    networks: Mapping[str, Network],
-    measurement: Measurement,
+    config: EvalConfig, entries: list[Entry], pairs: Pairs, networks: Mapping[str, Network], device: torch.device
 ) -> dict[str, Any]:
     """Return all that measured parts depend on: the value of each flag, then what the flags name."""
     teachers = [entry for entry in entries if entry.kind == "teacher"]
-    return {
-        "--student": [entry.reference for entry in entries if entry.kind == "student"],
-        "--teacher": teachers[0].reference if teachers else "none",
-        "--teacher-nfe": [entry.nfe for entry in teachers],
-        "--data": settings["data"],
-        "--degrade": settings["degrade"],
-        "--masks": config.masks,
-        "--labels": config.labels,
-        "--fit": config.fit,
-        "--protocol": config.protocol,
-        "--metric": list(measurement.metrics),
-        "--samples": settings["samples"],
-        "--seeds": config.seeds,
-        "--seed": config.seed,
-        "--batch-size": min(config.batch_size, settings["images"]),
+    resolved = to_json(config) | {
+        "student": [entry.reference for entry in entries if entry.kind == "student"],
+        "teacher": teachers[0].reference if teachers else "none",
+        "teacher_nfe": [entry.nfe for entry in teachers],
+        "degrade": pairs.degradation or None,
+        "batch_size": min(config.batch_size, len(pairs.names)),
+        "device": device.type,
+    }
+    return {one.flag: resolved[one.name] for one in settings(EvalConfig) if one.name not in FREE} | {
         "version of ibmd": __version__,
         "files in --data": pairs.digest,
         "weights of the models": [entry.sha256 for entry in entries],
@@ -147,46 +149,34 @@ def _plan(
     }
 
 
-def _spelled(results: Any) -> Any:
-    """Spell all texts of results as names of files are spelled: UTF-8 has no place for some of their bytes."""
+def _printable(results: Any) -> Any:
+    """Spell all texts of results as names of files are spelled: UTF-8 cannot hold some of their bytes."""
     if isinstance(results, dict):
-        return {key: _spelled(value) for key, value in results.items()}
+        return {key: _printable(value) for key, value in results.items()}
     if isinstance(results, list):
-        return [_spelled(value) for value in results]
+        return [_printable(value) for value in results]
     return shown(results) if isinstance(results, str) else results
 
 
-def _settings(
-    config: EvalConfig,
-    data: str,
-    pairs: Pairs,
-    entries: list[Entry],
-    samples: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Return the settings that the results are of."""
-    return {
-        "data": data,
-        "images": len(pairs.names),
-        "size": [entries[0].model.image_size] * 2,
-        "samples": samples,
-        "seed": config.seed,
-        "seeds": config.seeds,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "protocol": config.protocol,
-        "reference": None if config.reference is None else str(config.reference),
-        "degrade": pairs.degradation or None,
-        "torch": torch.__version__,
-    }
+def _write(out: Path, results: dict[str, Any], names: Sequence[str], terms: Mapping[str, Tensor]) -> None:
+    """Write scores.csv (the score of each image: `ROW.METRIC`, mean over draws), results.json, and the report."""
+    with atomic_file(out / "scores.csv") as new, new.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", *terms])
+        columns = [values.tolist() for values in terms.values()]
+        writer.writerows([shown(name), *(f"{v:.6g}" for v in row)] for name, *row in zip(names, *columns, strict=True))
+    with atomic_file(out / "results.json") as new:
+        text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        new.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_report(out, results)
 
 
 # ---------------------------------------------------------------------------------------------- what is measured
 
 
-def load_entries(config: EvalConfig, samples: int, device: torch.device, reporter: Reporter) -> list[Entry]:
+def load_entries(config: EvalConfig, device: torch.device, reporter: Reporter) -> list[Entry]:
     """Load the models and list what is measured: the students, then the teacher at each number of calls."""
-    entries = []
+    entries, samples = [], config.samples or 1
     reference, preset = config.teacher, config.preset
     named = [name for name in config.student if name != "none"]
     for i, name in enumerate(named):
@@ -247,13 +237,8 @@ def _own_data(entries: list[Entry]) -> str:
     raise UsageError("--data: no test pairs belong to these models: give a folder with source/ and target/")
 
 
-def _pool(entries: list[Entry], pairs: Pairs) -> int:
-    """Return the pooling of the energy score: none for super-resolution, whose sources give the pooled pixels away."""
-    return 1 if entries[0].model.source_scale > 1 or pairs.degradation.startswith("sr4x") else 4
-
-
-def _open(config: EvalConfig, protocol: Protocol | None, data: str, entries: list[Entry]) -> Pairs:
-    model = entries[0].model.config
+def _open(config: EvalConfig, protocol: Protocol | None, entries: list[Entry]) -> Pairs:
+    model, data = entries[0].model.config, config.data or BUILTIN
     degrade = config.degrade if config.degrade is not None else protocol.degrade if protocol else ""
     if degrade == "teacher":
         degrade = model.get("degradation") or ""
@@ -279,11 +264,10 @@ class Unmeasurable(IbmdError):
 def choose_metrics(
     config: EvalConfig,
     protocol: Protocol | None,
+    entries: list[Entry],
     pairs: Pairs,
-    samples: int,
     device: torch.device,
     reporter: Reporter,
-    entries: list[Entry],
 ) -> tuple[list[str], dict[str, Network], dict[str, str]]:
     """Choose what is measured, and load the networks for it.
 
@@ -297,7 +281,7 @@ def choose_metrics(
     """
     asked = config.metrics or (protocol.metrics if protocol else DEFAULT)
     size, mode = entries[0].model.image_size, protocol.inception if protocol else "tensorflow"
-    enlarge = (protocol.enlarge or None) if protocol else None
+    enlarge = protocol.enlarge if protocol else None
 
     def find(file: str) -> Path:
         return locate(file, config.weights, config.fetch, reporter.quiet)
@@ -311,7 +295,7 @@ def choose_metrics(
     names, networks, left_out = [], dict[str, Network](), dict[str, str]()
     for name in (name for name in METRICS if name in asked):
         try:
-            _check_metric(name, len(pairs.names), size, samples, pairs.classes)
+            _check_metric(name, pairs, size, config.samples or 1)
             if METRICS[name].network:
                 load(METRICS[name].network)
         except (Unmeasurable, NotAvailable) as error:
@@ -328,16 +312,16 @@ def choose_metrics(
     return names, {name: network for name, network in networks.items() if name in used}, left_out
 
 
-def _check_metric(name: str, images: int, size: int, samples: int, classes: bool) -> None:
+def _check_metric(name: str, pairs: Pairs, size: int, samples: int) -> None:
     """Raise `Unmeasurable` if a score cannot be measured on these data."""
-    if images < (needs := METRICS[name].needs):
+    if (images := len(pairs.names)) < (needs := METRICS[name].needs):
         few = f"{counted(images, 'pair')} {'is' if images == 1 else 'are'} too few: {needs} are needed"
         raise Unmeasurable(f"{few}, give --data with more")
     if METRICS[name].compares == "draws" and samples < 2:
         raise Unmeasurable("needs several samples of each source: give --samples 2 or more")
     if size < (least := METRICS[name].smallest):
         raise Unmeasurable(f"needs images of at least {least} pixels, the model's have {size}")
-    if name == "resnet50_accuracy" and not classes:
+    if name == "resnet50_accuracy" and not pairs.classes:
         raise Unmeasurable("the true classes are not known: give --labels FILE, or images in a folder for each class")
 
 

@@ -6,11 +6,11 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ibmd_cli.files import atomic_file
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
-from ibmd_cli.metrics.features import Network, Seen, enlarged
+from ibmd_cli.metrics.features import Network, enlarged
 from ibmd_cli.metrics.scores import METRICS
 from ibmd_cli.models.model import Student, Teacher
 from ibmd_cli.reporting import Meter, Reporter, counted
@@ -35,23 +35,14 @@ from ibmd_cli.reporting import Meter, Reporter, counted
 
 @dataclass
 class Entry:
-    """A model at a number of network calls: a row of the results.
-
-    Attributes:
-        model: teacher or student.
-        label: what it is called: "teacher", "student", "student A", …
-        reference: what it was loaded by.
-        sha256: of its weights.
-        nfe: network calls per image.
-        samples: draws for each source.
-    """
+    """A model at a number of network calls: a row of the results."""
 
     model: Teacher | Student
-    label: str
-    reference: str
-    sha256: str
-    nfe: int
-    samples: int
+    label: str  # "teacher", "student", "student A", …
+    reference: str  # what it was loaded by
+    sha256: str  # of its weights
+    nfe: int  # network calls per image
+    samples: int  # draws for each source
 
     @property
     def kind(self) -> str:
@@ -80,14 +71,7 @@ class Measurement:
     enlarge: int | None = None
 
     def translate(self, entry: Entry, batch: Batch, device: torch.device, number: int, draw: int) -> Tensor:
-        """Translate sources, uint8 (B, 3, H, W) on the CPU.
-
-        Args:
-            entry: the model.
-            batch: the sources.
-            device: where it runs.
-            number: of the seed, from 0.
-            draw: number of the sample, from 0.
+        """Draw sample `draw` of each source with seed `number`, both from 0; uint8 (B, 3, H, W) on the CPU.
 
         Raises:
             IbmdError: the output is not finite.
@@ -96,10 +80,8 @@ class Measurement:
         given = batch.sources if entry.model.config["classes"] else batch.sources._replace(label=None)
         label, mask = (v if v is None else v.to(device) for v in given[1:])
         sources = Sources(given.x_T.to(device), label, mask)
-        if isinstance(entry.model, Teacher):
-            x_0 = entry.model.translate(sources, rng, entry.nfe).cpu()
-        else:
-            x_0 = entry.model.translate(sources, rng).cpu()
+        calls = (entry.nfe,) if isinstance(entry.model, Teacher) else ()
+        x_0 = entry.model.translate(sources, rng, *calls).cpu()
         if not x_0.isfinite().all():
             raise IbmdError(f"{entry.kind} {entry.reference}: its output is not finite: the weights are damaged")
         return ((x_0 + 1) * 127.5).clamp(0, 255).to(torch.uint8) if self.truncate else to_uint8(x_0)
@@ -114,10 +96,9 @@ def measure(
     parts: "Parts",
     device: torch.device,
     reporter: Reporter,
-    rank: int = 0,
-    count: int = 1,
+    share: Sequence[int],
 ) -> None:
-    """Measure this process's share of the batches, those that were not measured before.
+    """Measure batches of pairs, those that were not measured before.
 
     Args:
         entries: the models.
@@ -128,17 +109,15 @@ def measure(
         parts: where it is kept.
         device: where models and networks run.
         reporter: for progress.
-        rank: of this process.
-        count: of processes.
+        share: numbers of the batches.
     """
-    share = range(rank, len(batches), count)
     todo = [i for i in share if not parts.has(i)]
     calls = sum(entry.samples * entry.nfe for entry in entries) * measurement.seeds
-    done = sum(len(batches[i]) for i in share) - sum(len(batches[i]) for i in todo)
-    if done:
-        reporter.note(f"{counted(done, 'pair')} measured before: continuing")
+    total, left = (sum(len(batches[i]) for i in some) for some in (share, todo))
+    if left < total:
+        reporter.note(f"{counted(total - left, 'pair')} measured before: continuing")
     peaks: list[float] = []
-    with reporter.progress("evaluating", calls * sum(len(batches[i]) for i in share), "call", calls * done) as meter:
+    with reporter.progress("evaluating", calls * total, "call", calls * (total - left)) as meter:
         for i in todo:
             batch = pairs.read(batches[i])
             peaks = peaks or _peaks(entries, batch, measurement, device)
@@ -149,7 +128,7 @@ def measure(
                 part[f"{k}.peak"] = torch.tensor([peak], dtype=torch.float64)
             part |= _compare_pixels(drawn, batch.truth, measurement)
             for name, network in networks.items():
-                part |= _look(name, network, drawn, batch, measurement)
+                part |= _compare_seen(name, network, drawn, batch, measurement)
             parts.write(i, part)
 
 
@@ -231,7 +210,9 @@ def _compare_pixels(drawn: list[Tensor], truth: Tensor, how: Measurement) -> dic
     return part
 
 
-def _look(name: str, network: Network, drawn: list[Tensor], batch: Batch, how: Measurement) -> dict[str, Tensor]:
+def _compare_seen(
+    name: str, network: Network, drawn: list[Tensor], batch: Batch, how: Measurement
+) -> dict[str, Tensor]:
     """Return what a network tells of a batch, for the scores that need it.
 
     `ROW.METRIC` → (S, B) and `floor.METRIC` → (B,); `ROW.NETWORK.features` and `.logits` → (S, m, B, D);
@@ -241,8 +222,11 @@ def _look(name: str, network: Network, drawn: list[Tensor], batch: Batch, how: M
     pieces: dict[str, list[Tensor]] = defaultdict(list)
     for rows in torch.arange(len(batch.truth)).split(network.at_once):
         truth = network(batch.truth[rows])
+        label = batch.sources.label if name == "resnet50" else None
+        if "classes" in kinds:
+            expected = _known(truth.logits).argmax(1) if label is None else label[rows]
         if "features" in kinds:
-            pieces[f"truth.{name}.features"].append(_of(truth.pooled))
+            pieces[f"truth.{name}.features"].append(_known(truth.pooled))
         if "maps" in kinds and len(rows) > 1:
             others = [layer.roll(1, 0) for layer in truth.maps or []]
             pieces[f"floor.{kinds['maps']}"].append(network.distance(others, truth.maps or []))
@@ -251,32 +235,35 @@ def _look(name: str, network: Network, drawn: list[Tensor], batch: Batch, how: M
             for x in images[:, :, rows].flatten(0, 1):
                 seen = network(x)
                 if "features" in kinds:
-                    found[f"{name}.features"].append(_of(seen.pooled))
+                    found[f"{name}.features"].append(_known(seen.pooled))
                 if "logits" in kinds:
-                    found[f"{name}.logits"].append(_of(seen.logits))
+                    found[f"{name}.logits"].append(_known(seen.logits))
                 if "maps" in kinds:
                     found[kinds["maps"]].append(network.distance(seen.maps or [], truth.maps or []))
                 if "classes" in kinds:
-                    found[kinds["classes"]].append(_right(seen, truth, batch.sources.label, rows, name))
+                    found[kinds["classes"]].append((_known(seen.logits).argmax(1) == expected).float())
             for key, values in found.items():
                 stacked = torch.stack(values).unflatten(0, images.shape[:2])
                 pieces[f"{k}.{key}"].append(stacked if "." in key else stacked.mean(1))
-    batch_dim = {"features": -2, "logits": -2}
-    return {key: torch.cat(found, dim=batch_dim.get(key.rpartition(".")[2], -1)) for key, found in pieces.items()}
+    return {key: torch.cat(found, dim=_images_dim(key)) for key, found in pieces.items()}
 
 
-def _of(values: Tensor | None) -> Tensor:
+def _images_dim(key: str) -> int:
+    """Return the dimension of a tensor of a part that its images lie along."""
+    return -2 if key.endswith((".features", ".logits")) else -1
+
+
+def _known(values: Tensor | None) -> Tensor:
     assert values is not None
     return values
 
 
-def _right(seen: Seen, truth: Seen, label: Tensor | None, rows: Tensor, network: str) -> Tensor:
-    """Tell of each image whether its class is the true one, or that which the network sees in the target."""
-    expected = label[rows] if network == "resnet50" and label is not None else _of(truth.logits).argmax(1)
-    return (_of(seen.logits).argmax(1) == expected).float()
-
-
 # ------------------------------------------------------------------------------------------------------------ parts
+
+
+def _words(value: Any) -> str:
+    value = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return "none" if value in (None, "") else str(value)
 
 
 class Parts:
@@ -300,27 +287,19 @@ class Parts:
             IbmdError: what is there is of another one; the message says in which respect.
         """
         file = self.folder / "plan.json"
-        if any(self.folder.glob("*.safetensors")) and file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            if other := [key for key in self.plan if self.plan[key] != before.get(key)]:
-                changes = "; ".join(self._changes(before, other))
-                raise IbmdError(
-                    f"{self.folder.parent}: holds a part of another evaluation: {changes}: "
-                    "give the same settings to continue it, or another --out"
-                )
+        if not (any(self.folder.glob("*.safetensors")) and file.is_file()):
+            with atomic_file(file) as new:
+                new.write_text(json.dumps(self.plan, indent=2), encoding="utf-8")
             return
-        with atomic_file(file) as new:
-            new.write_text(json.dumps(self.plan, indent=2), encoding="utf-8")
-
-    def _changes(self, before: dict[str, Any], keys: list[str]) -> Iterator[str]:
-        """Yield the flags that were changed, with both values; other things only where no flag was."""
-        flags = [key for key in keys if key.startswith("--") and key in before]
-        for flag in flags:
-            values = [", ".join(map(str, v)) if isinstance(v, list) else v for v in (before[flag], self.plan[flag])]
-            then, now = ("none" if v in (None, "") else v for v in values)
-            yield f"{flag} {then} before, {now} now"
-        if not flags:
-            yield "other " + ", ".join(keys)
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if other := [key for key in self.plan if self.plan[key] != before.get(key)]:
+            flags = [key for key in other if key.startswith("--") and key in before]  # which may be why others differ
+            changes = [f"{key} {_words(before[key])} before, {_words(self.plan[key])} now" for key in flags]
+            raise IbmdError(
+                f"{self.folder.parent}: holds a part of another evaluation: "
+                f"{'; '.join(changes) or 'other ' + ', '.join(other)}: "
+                "give the same settings to continue it, or another --out"
+            )
 
     def has(self, number: int) -> bool:
         """Tell whether a batch was measured by this plan."""
@@ -348,18 +327,14 @@ class Parts:
                     yield file.get_tensor(key)
 
     def read(self, key: str) -> Tensor:
-        """Join what was measured of all batches: along the last dimension, of features and logits the one before."""
-        dim = -2 if key.endswith((".features", ".logits")) else -1
+        """Join what was measured of all batches."""
+        dim = _images_dim(key)
         sizes = [batch.shape[dim] for batch in self.batches(key)]
-        whole, at = None, 0
-        for batch, size in zip(self.batches(key), sizes, strict=True):
-            if whole is None:  # filled piece by piece, so that nothing is there twice
-                shape = list(batch.shape)
-                shape[dim] = sum(sizes)
-                whole = torch.empty(shape, dtype=batch.dtype)
-            whole.narrow(dim, at, size).copy_(batch)
-            at += size
-        assert whole is not None
+        batches = self.batches(key)
+        first = next(batches)
+        whole = torch.empty([*first.shape[:dim], sum(sizes), *first.shape[dim:][1:]], dtype=first.dtype)
+        for piece, batch in zip(whole.split(sizes, dim), chain([first], batches), strict=True):
+            piece.copy_(batch)  # one by one, so that nothing is there twice
         return whole
 
     def remove(self) -> None:

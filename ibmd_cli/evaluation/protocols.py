@@ -24,14 +24,17 @@ class Protocol:
     inception: str
     reference: str
     reference_about: str
-    enlarge: int
+    enlarge: int | None
     metrics: tuple[str, ...]
 
 
 def protocols() -> dict[str, Protocol]:
     """Return the protocols by their names."""
     table = tomllib.loads((Path(__file__).parent / "protocols.toml").read_text(encoding="utf-8"))
-    return {name: Protocol(name=name, **{**row, "metrics": tuple(row["metrics"])}) for name, row in table.items()}
+    found = {}
+    for name, row in table.items():
+        found[name] = Protocol(name=name, **row | {"metrics": tuple(row["metrics"]), "enlarge": row["enlarge"] or None})
+    return found
 
 
 def find_protocol(name: str | None) -> Protocol | None:

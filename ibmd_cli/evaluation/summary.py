@@ -1,6 +1,5 @@
 """Results of an evaluation: scores with intervals, differences on the same pairs, floors, and their protocols."""
 
-import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ from ibmd_cli import __version__
 from ibmd_cli.evaluation import protocols
 from ibmd_cli.evaluation.measure import Entry, Measurement, Parts
 from ibmd_cli.evaluation.protocols import Protocol
-from ibmd_cli.files import atomic_file
-from ibmd_cli.images.decode import shown
 from ibmd_cli.method.noise import stream
 from ibmd_cli.metrics.distances import Moments, frechet, frechet_terms, inception_score, kid_blocks, kid_floor, moments
 from ibmd_cli.metrics.features import Network
@@ -272,12 +269,3 @@ def _protocol_texts(
     )
     texts["data"] = protocols.describe(protocol)
     return texts
-
-
-def write_scores(file: Path, names: Sequence[str], terms: Mapping[str, Tensor]) -> None:
-    """Write the score of each image, mean over draws, as CSV in UTF-8: name as in results.json, then `ROW.METRIC`."""
-    with atomic_file(file) as new, new.open("w", newline="", encoding="utf-8") as lines:
-        writer = csv.writer(lines)
-        writer.writerow(["name", *terms])
-        columns = [values.tolist() for values in terms.values()]
-        writer.writerows([shown(name), *(f"{v:.6g}" for v in row)] for name, *row in zip(names, *columns, strict=True))

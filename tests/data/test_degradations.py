@@ -251,7 +251,7 @@ def test_filled_hole(fill: str, emoji: Tensor):
     ("name", "shape", "message"),
     [
         ("jpeg5", (32, 32), "no degradation 'jpeg5': nearest: jpeg-5"),
-        ("", (32, 32), "no degradation '': nearest: jpeg-5, "),
+        ("", (32, 32), "no degradation '': expected one of: jpeg-5, "),
         ("jpeg-5", (24, 32), "32×24 pixels: expected multiples of 16"),
         ("sr4x-pool", (32, 30), "30×32 pixels: expected multiples of 4"),
         ("sr4x-bicubic", (30, 32), "expected multiples of 4"),

@@ -25,7 +25,7 @@ from ibmd_cli.data.embedded import embedded_pairs, embedded_sources
 from ibmd_cli.data.pairs import batches, floats, open_pairs
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.evaluation.fid_reference import read_reference
-from ibmd_cli.evaluation.measure import Measurement, _look
+from ibmd_cli.evaluation.measure import Measurement, _compare_seen
 from ibmd_cli.evaluation.protocols import cautions, protocols
 from ibmd_cli.files import assets, sha256
 from ibmd_cli.images.grids import labelled_grid
@@ -728,7 +728,7 @@ def test_accuracy_is_by_the_true_class_and_agreement_by_the_target(tmp_path: Pat
         ("resnet50_accuracy", "resnet50", [1, 1, 1, 0, 0, 0.5]),
         ("efflite0_agreement", "efflite0", [1, 1, 1, 0, 1, 0.5]),  # the fifth target looks dark
     ):
-        part = _look(network, Brightness(), [dark], batch, Measurement((metric,)))
+        part = _compare_seen(network, Brightness(), [dark], batch, Measurement((metric,)))
         assert part[f"0.{metric}"].tolist() == [expected]
 
 

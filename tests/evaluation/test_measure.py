@@ -46,7 +46,7 @@ def test_every_model_is_called_before_any_is_measured_and_then_in_turn(tmp_path:
     labels = [entry.label for entry in entries]
     pairs, rows = embedded(), [[0], [1], [2]]
     how, parts = Measurement(("psnr",), seeds=2), Parts(tmp_path / "parts", {}, 3)
-    measure(entries, pairs, rows, {}, how, parts, torch.device("cpu"), Reporter(quiet=True))
+    measure(entries, pairs, rows, {}, how, parts, torch.device("cpu"), Reporter(quiet=True), range(len(rows)))
     warm, timed = calls[: len(calls) - 3 * 2 * 9], calls[len(calls) - 3 * 2 * 9 :]
     assert [label for label, *_ in warm[:5]] == labels  # once each, before memory is measured
     memory = [label for label, *_ in warm[5:]]
@@ -70,7 +70,7 @@ def test_the_order_changes_no_sample(tmp_path: Path):
         entries = [Entry(student, "student", "s", "0", 1, 2)] * count
         parts = Parts(tmp_path / str(count), {}, 2)
         how = Measurement(("psnr",))
-        measure(entries, pairs, [[0, 1], [2]], {}, how, parts, torch.device("cpu"), Reporter(quiet=True))
+        measure(entries, pairs, [[0, 1], [2]], {}, how, parts, torch.device("cpu"), Reporter(quiet=True), range(2))
         found += [parts.read(f"{k}.psnr") for k in range(count)]
     for other in found[1:]:
         assert torch.allclose(found[0], other, atol=1e-3)
