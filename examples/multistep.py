@@ -22,7 +22,7 @@ from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
 from ibmd_cli.metrics.scores import diversity, energy_score, estimate
 from ibmd_cli.models.folder import load_model
-from ibmd_cli.models.model import Student, Teacher
+from ibmd_cli.models.model import StudentModel, TeacherModel
 
 SAMPLES = 4
 """Draws for each source."""
@@ -41,7 +41,7 @@ def distil(teacher: str, nfe: int, steps: int) -> str:
     return str(out)
 
 
-def measure(model: Student | Teacher, nfe: int, x_T: Tensor, x_0: Tensor, names: list[str], pool: int) -> str:
+def measure(model: StudentModel | TeacherModel, nfe: int, x_T: Tensor, x_0: Tensor, names: list[str], pool: int) -> str:
     """Return a row of the table: energy score with its 95 % interval, diversity, time."""
     draws, began = [], time.perf_counter()
     for draw in range(SAMPLES):

@@ -9,7 +9,7 @@ import torch
 from ibmd_cli.data.embedded import embedded_sources
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.folder import save_model
-from ibmd_cli.models.model import Teacher
+from ibmd_cli.models.model import TeacherModel
 from ibmd_cli.networks.predictor import make_predictor
 
 
@@ -58,7 +58,7 @@ def tiny_teacher(tmp_path: Path, tiny_config: dict) -> Path:
             draw = randn(p.shape, stream(0, name))
             p.copy_(1 + 0.1 * draw if p.ndim == 1 and name.endswith("weight") else 0.1 * draw)
     folder = tmp_path / "tiny-teacher"
-    save_model(Teacher(predictor, json.loads(json.dumps(tiny_config))), folder)
+    save_model(TeacherModel(predictor, json.loads(json.dumps(tiny_config))), folder)
     return folder
 
 

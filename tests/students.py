@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ibmd_cli.method.noise import randn, stream
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 from ibmd_cli.networks.predictor import make_predictor
 
 I2SB = {"bridge": {"kind": "i2sb"}, "preconditioning": {"kind": "i2sb"}, "conditional": False}
@@ -23,14 +23,14 @@ STUDENTS = {
 }
 
 
-def of_teacher(student: Student, **changes: Any) -> Student:
+def of_teacher(student: StudentModel, **changes: Any) -> StudentModel:
     config = copy.deepcopy(student.config)
     config["teacher"]["reference"] = changes.pop("reference")
     config["training"] |= changes.pop("training", {})
-    return Student(student.predictor, {**config, **changes})
+    return StudentModel(student.predictor, {**config, **changes})
 
 
-def make_student(config: dict, bridge=None, preconditioning=None, conditional=True, **options) -> Student:
+def make_student(config: dict, bridge=None, preconditioning=None, conditional=True, **options) -> StudentModel:
     """A tiny student with random weights, of what `STUDENTS` says."""
     config = copy.deepcopy(config)
     channels, grid = options.get("channels", 0), options.get("grid", 1)
@@ -59,4 +59,4 @@ def make_student(config: dict, bridge=None, preconditioning=None, conditional=Tr
         for name, p in predictor.named_parameters():
             draw = randn(p.shape, stream(0, name))
             p.copy_(1 + 0.1 * draw if p.ndim == 1 and name.endswith("weight") else 0.1 * draw)
-    return Student(predictor, config)
+    return StudentModel(predictor, config)

@@ -20,7 +20,7 @@ from ibmd_cli.data.degradations import DEGRADATIONS
 from ibmd_cli.errors import NotAvailable, UsageError
 from ibmd_cli.hub import cache_folder, parse_hf, repository
 from ibmd_cli.method.bridges import make_bridge
-from ibmd_cli.models.catalogue import locate, published
+from ibmd_cli.models.catalogue import find_published, published
 from ibmd_cli.models.samplers import SAMPLERS
 
 LARGE = bytes(range(256)) * 100_000  # 25.6 MB: huggingface_hub keeps what it gets in pieces of 10 MiB
@@ -89,7 +89,7 @@ def test_a_row_agrees_with_the_network_and_the_bridge(alias: str):
 
 def test_a_teacher_on_drive_is_told_in_one_line_with_what_to_do():
     with pytest.raises(NotAvailable) as caught:
-        locate("i2sb-jpeg-5")
+        find_published("i2sb-jpeg-5")
     message = str(caught.value)
     for part in (
         "latest.pt and options.pkl",
@@ -99,9 +99,9 @@ def test_a_teacher_on_drive_is_told_in_one_line_with_what_to_do():
         assert part in message
     assert "\n" not in message
     with pytest.raises(NotAvailable, match="--teacher FILE --preset dbim-imagenet-inpaint-center"):
-        locate("dbim-imagenet-inpaint-center")
+        find_published("dbim-imagenet-inpaint-center")
     with pytest.raises(NotAvailable, match="nearest: i2sb-jpeg-5, i2sb-jpeg-10"):
-        locate("i2sb-jpeg5")
+        find_published("i2sb-jpeg5")
 
 
 # --------------------------------------------------------------------------------------------------- references

@@ -26,10 +26,10 @@ from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
 from ibmd_cli.metrics.scores import energy_score
 from ibmd_cli.models.folder import load_model
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 from ibmd_cli.models.teachers import load_teacher
 from ibmd_cli.reporting import Reporter
-from ibmd_cli.training.config import DistillConfig, differences, load_presets
+from ibmd_cli.training.config import DistillConfig, changed_settings, load_presets
 from ibmd_cli.training.loop import distill
 
 TASK = "outline2emoji"
@@ -65,12 +65,12 @@ def run(out: Path, settings: dict[str, Any], x_0: Tensor, x_T: Tensor) -> Curve:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     config = DistillConfig(**values | {"keep": 10_000, "preview_every": 10_000})  # keep all, show none
     done = out / "curve.json"
-    if done.exists() and (changed := differences(config, read_json(out / "config.json")["settings"])):
+    if done.exists() and (changed := changed_settings(config, read_json(out / "config.json")["settings"])):
         raise UsageError(f"{out}: a run with other settings ({'; '.join(changed)}); remove it, or give another --work")
     if not done.exists():
         distill(config, {}, out, torch.device("cpu"), "auto", Reporter(quiet=True))
         student = load_model(str(out / "student"), "student")
-        assert isinstance(student, Student)
+        assert isinstance(student, StudentModel)
         files = sorted((out / "checkpoints").glob("*/state.pt"))
         curve = [score(file, student, x_0, x_T) for file in files]
         with atomic_file(done) as new:
@@ -79,7 +79,7 @@ def run(out: Path, settings: dict[str, Any], x_0: Tensor, x_T: Tensor) -> Curve:
     return list(json.loads(done.read_text()))
 
 
-def score(checkpoint: Path, student: Student, x_0: Tensor, x_T: Tensor) -> dict[str, float]:
+def score(checkpoint: Path, student: StudentModel, x_0: Tensor, x_T: Tensor) -> dict[str, float]:
     """Put the averaged weights of a checkpoint into `student` and score it."""
     state = torch.load(checkpoint, weights_only=True)
     prefix, average = "module.", state["student"]["average"]

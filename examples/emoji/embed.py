@@ -20,7 +20,7 @@ from ibmd_cli import __version__
 from ibmd_cli.files import assets
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.models.folder import FORMAT_VERSION, load_model, save_model
-from ibmd_cli.models.model import Teacher
+from ibmd_cli.models.model import TeacherModel
 from ibmd_cli.networks.predictor import make_predictor
 
 CARD = """\
@@ -36,7 +36,7 @@ tags: [diffusion-bridge, emoji]
 """
 
 
-def teacher_from(state: Path) -> Teacher:
+def teacher_from(state: Path) -> TeacherModel:
     """Build the teacher's model from the averaged weights in a training state."""
     content = torch.load(state, weights_only=True)
     name = content["task"]
@@ -60,7 +60,7 @@ def teacher_from(state: Path) -> Teacher:
         "licence": "CC-BY-SA-4.0",
         "training": {**content["settings"], "steps": content["step"]},
     }
-    model = Teacher(make_predictor(config).eval(), config)
+    model = TeacherModel(make_predictor(config).eval(), config)
     weights = content["player"]["average"]
     prefix = "module."
     model.predictor.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})

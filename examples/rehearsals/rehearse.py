@@ -41,7 +41,7 @@ from ibmd_cli.metrics.distances import kid_terms
 from ibmd_cli.metrics.features import EffLite0
 from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import FORMAT_VERSION, load_model, save_model
-from ibmd_cli.models.model import Student, Teacher
+from ibmd_cli.models.model import StudentModel, TeacherModel
 from ibmd_cli.networks.predictor import Predictor, make_predictor
 
 SIZE = 32
@@ -215,7 +215,7 @@ def train_teacher(alias: str, args: argparse.Namespace) -> None:
         predictor, setup, draw, validate, folder / "training", steps=steps, lr=7e-4, seed=0, every=100, about={}
     )
     config["training"] = {"steps": steps, "batch_size": BATCH, "lr": 7e-4, "start": plan.start}
-    save_model(Teacher(average, config), folder / "teacher")
+    save_model(TeacherModel(average, config), folder / "teacher")
 
 
 def describe(alias: str, classes: int) -> dict[str, Any]:
@@ -296,8 +296,8 @@ def evaluate(name: str, args: argparse.Namespace) -> None:
     photos = Photos(args.data, "test", row.teacher)
     rows, names = photos.chosen(args.per_photo)
     student, teacher = load_model(str(args.out / name), "student"), load_model(str(args.out / row.teacher / "teacher"))
-    assert isinstance(student, Student)
-    assert isinstance(teacher, Teacher)
+    assert isinstance(student, StudentModel)
+    assert isinstance(teacher, TeacherModel)
     # DDBM's own sampler makes calls in groups of three.
     sampler = "dbim" if photos.facts["family"] == "ddbm" else None
     models: dict[str, Callable[[Sources, torch.Generator], Tensor]] = {

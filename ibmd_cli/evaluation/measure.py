@@ -29,7 +29,7 @@ from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
 from ibmd_cli.metrics.features import Network, enlarged
 from ibmd_cli.metrics.scores import METRICS
-from ibmd_cli.models.model import Student, Teacher
+from ibmd_cli.models.model import StudentModel, TeacherModel
 from ibmd_cli.reporting import Meter, Reporter, counted
 
 
@@ -37,7 +37,7 @@ from ibmd_cli.reporting import Meter, Reporter, counted
 class Entry:
     """A model at a number of network calls: a row of the results."""
 
-    model: Teacher | Student
+    model: TeacherModel | StudentModel
     label: str  # "teacher", "student", "student A", …
     reference: str  # what it was loaded by
     sha256: str  # of its weights
@@ -47,7 +47,7 @@ class Entry:
     @property
     def kind(self) -> str:
         """Return "teacher" or "student"."""
-        return "teacher" if isinstance(self.model, Teacher) else "student"
+        return "teacher" if isinstance(self.model, TeacherModel) else "student"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Measurement:
         given = batch.sources if entry.model.config["classes"] else batch.sources._replace(label=None)
         label, mask = (v if v is None else v.to(device) for v in given[1:])
         sources = Sources(given.x_T.to(device), label, mask)
-        calls = (entry.nfe,) if isinstance(entry.model, Teacher) else ()
+        calls = (entry.nfe,) if isinstance(entry.model, TeacherModel) else ()
         x_0 = entry.model.translate(sources, rng, *calls).cpu()
         if not x_0.isfinite().all():
             raise IbmdError(f"{entry.kind} {entry.reference}: its output is not finite: the weights are damaged")

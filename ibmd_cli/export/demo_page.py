@@ -23,7 +23,7 @@ from ibmd_cli.files import atomic_file
 from ibmd_cli.html import data_uri, render
 from ibmd_cli.hub import cache_folder
 from ibmd_cli.models.card import describe_teacher
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 RUNTIME = {
@@ -44,7 +44,7 @@ DRAWINGS = [
 """Examples, for students of drawings: SVG paths on 72×72."""
 
 
-def write_page(student: Student, model: Path, page: Path) -> None:
+def write_page(student: StudentModel, model: Path, page: Path) -> None:
     """Write the page of a student; one that is there is replaced.
 
     Args:

@@ -25,8 +25,8 @@ from ibmd_cli.export.program import Unrolled, export_program
 from ibmd_cli.files import atomic_file
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.folder import load_student, save_weights
-from ibmd_cli.models.interface import describe, noise_shapes
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.interface import describe_student, noise_shapes
+from ibmd_cli.models.model import StudentModel
 
 
 class Tolerance(NamedTuple):
@@ -128,7 +128,7 @@ class Exporter:
     def _write(self, config: ExportConfig, file: Path, say: Callable[[str], None]) -> None:
         if config.format == "safetensors":
             say("writing")
-            save_weights(self.student, file, config.dtype, describe(self.student))
+            save_weights(self.student, file, config.dtype, describe_student(self.student))
         elif config.format == "torch-export":
             export_program(self.student, file, config.dtype, config.noise_inside, say)
         else:
@@ -145,7 +145,7 @@ class Exporter:
             onnx.save_graph(self.graphs[key], file, config.dtype)
 
 
-def compare(student: Student, file: Path, noise_inside: bool = False, seed: int = 0) -> dict[str, Any]:
+def compare(student: StudentModel, file: Path, noise_inside: bool = False, seed: int = 0) -> dict[str, Any]:
     """Run a student and an exported file on the same real sources and the same noise, on the CPU.
 
     One image comes alone, then the others together; and, for a file that holds a graph, one of another size.
@@ -201,7 +201,7 @@ def compare(student: Student, file: Path, noise_inside: bool = False, seed: int 
 Arrays = dict[str, np.ndarray]
 
 
-def _runner(student: Student) -> Callable[[Arrays], list[np.ndarray]]:
+def _runner(student: StudentModel) -> Callable[[Arrays], list[np.ndarray]]:
     module = Unrolled(student)
 
     @torch.no_grad()
@@ -211,7 +211,7 @@ def _runner(student: Student) -> Callable[[Arrays], list[np.ndarray]]:
     return run
 
 
-def sources(student: Student) -> Tensor:
+def sources(student: StudentModel) -> Tensor:
     """Return held-out sources for a student, float32 (B, 3, H, W) in [-1, 1]: at least three, fewer of large ones.
 
     They are those of the embedded data that it was distilled from, or drawings, enlarged or reduced to its size.
@@ -223,7 +223,7 @@ def sources(student: Student) -> Tensor:
     return x_T if x_T.shape[-1] == side else F.interpolate(x_T, (side, side), mode="area")
 
 
-def make_inputs(student: Student, x_T: Tensor, seed: int, noise_inside: bool = False) -> Arrays:
+def make_inputs(student: StudentModel, x_T: Tensor, seed: int, noise_inside: bool = False) -> Arrays:
     """Return all inputs of an exported student for sources (B, 3, H, W): noise, and holes and classes by a rule."""
     rng = stream(seed, "export")
     inputs = {}

@@ -27,8 +27,8 @@ from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.export.exported import INPUTS, METADATA, sealed
 from ibmd_cli.export.program import Say, trace
-from ibmd_cli.models.interface import describe, describe_tensors, noise_shapes
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.interface import describe_student, describe_tensors, noise_shapes
+from ibmd_cli.models.model import StudentModel
 
 try:
     import ml_dtypes
@@ -62,7 +62,7 @@ def save_graph(model: onnx.ModelProto, file: Path, dtype: str = "fp32") -> None:
 
 
 def make_graph(
-    student: Student, opset: int = OPSET, noise_inside: bool = False, say: Say = lambda step: None
+    student: StudentModel, opset: int = OPSET, noise_inside: bool = False, say: Say = lambda step: None
 ) -> onnx.ModelProto:
     """Return the graph of a student on the CPU, with nothing left to compute before inputs are known.
 
@@ -88,7 +88,7 @@ def make_graph(
     return model
 
 
-def _describe(model: onnx.ModelProto, student: Student, noise_inside: bool) -> None:
+def _describe(model: onnx.ModelProto, student: StudentModel, noise_inside: bool) -> None:
     """Write into a graph what its tensors are, for readers and for `load`, and the lowest IR version that holds it."""
     texts = describe_tensors(student)
     for value in (*model.graph.input, *model.graph.output):
@@ -98,7 +98,7 @@ def _describe(model: onnx.ModelProto, student: Student, noise_inside: bool) -> N
         for i, name in enumerate(("batch", "", "height", "width")[: len(dims)]):
             if dims[i].dim_param:
                 dims[i].dim_param = name
-    model.doc_string = model.graph.doc_string = describe(student, noise_inside)
+    model.doc_string = model.graph.doc_string = describe_student(student, noise_inside)
     config = json.dumps(student.config, ensure_ascii=False)
     multiple = str(student.predictor.backbone.size_multiple)
     onnx.helper.set_model_props(model, {METADATA: config, "size_multiple": multiple})

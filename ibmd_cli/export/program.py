@@ -26,8 +26,8 @@ from ibmd_cli.errors import IbmdError
 from ibmd_cli.export.exported import INPUTS, METADATA, Draw, ExportedStudent, check
 from ibmd_cli.method.distillation import Sources, run_steps
 from ibmd_cli.method.noise import stream
-from ibmd_cli.models.interface import describe, noise_shapes
-from ibmd_cli.models.model import DTYPES, Student
+from ibmd_cli.models.interface import describe_student, noise_shapes
+from ibmd_cli.models.model import PRECISIONS, StudentModel
 
 _aten = torch.ops.aten
 Say = Callable[[str], None]
@@ -42,10 +42,10 @@ class Unrolled(nn.Module):
         noise_inside: z and eps are not given but drawn, and returned after x_0.
     """
 
-    def __init__(self, student: Student, dtype: str = "fp32", noise_inside: bool = False) -> None:
+    def __init__(self, student: StudentModel, dtype: str = "fp32", noise_inside: bool = False) -> None:
         super().__init__()
         self.student, self.noise_inside = student, noise_inside
-        self.predictor = copy.deepcopy(student.predictor).to(DTYPES[dtype])
+        self.predictor = copy.deepcopy(student.predictor).to(PRECISIONS[dtype])
         if dtype != "fp32":
             for module in list(self.predictor.modules()):
                 for name, _ in list(module.named_parameters(recurse=False)):
@@ -90,7 +90,7 @@ class _Widened(nn.Module):
         return stored.float()
 
 
-def trace(student: Student, dtype: str = "fp32", noise_inside: bool = False) -> ExportedProgram:
+def trace(student: StudentModel, dtype: str = "fp32", noise_inside: bool = False) -> ExportedProgram:
     """Trace a student for any number of images, of any size that its network takes.
 
     Args:
@@ -117,7 +117,7 @@ def trace(student: Student, dtype: str = "fp32", noise_inside: bool = False) -> 
 
 
 def export_program(
-    student: Student, file: Path, dtype: str = "fp32", noise_inside: bool = False, say: Say = lambda step: None
+    student: StudentModel, file: Path, dtype: str = "fp32", noise_inside: bool = False, say: Say = lambda step: None
 ) -> None:
     """Write a student as a PyTorch program (.pt2), with its configuration and a description in it; see `trace`."""
     say("tracing the network")
@@ -140,7 +140,7 @@ def export_program(
         warnings.simplefilter("ignore")
         config = json.dumps(student.config, ensure_ascii=False)
         texts = {
-            "README.md": describe(student, noise_inside),
+            "README.md": describe_student(student, noise_inside),
             "size_multiple": str(student.predictor.backbone.size_multiple),
         }
         torch.export.save(program, file, extra_files={METADATA: config, **texts})

@@ -17,7 +17,7 @@ Streams = torch.Generator | Sequence[torch.Generator]
 """One random stream for a whole batch, or one for each image."""
 
 Noise = Streams | Tensor | Sequence[Tensor] | Callable[[int], Tensor] | None
-"""Where a sampler's noise comes from: see `draws`."""
+"""Where a sampler's noise comes from: see `noise_draws`."""
 
 
 def stream(seed: int, *place: int | str) -> torch.Generator:
@@ -83,7 +83,7 @@ def noise_like(x: Tensor, rng: Streams) -> Tensor:
     return randn(x.shape, rng).to(x)
 
 
-def draws(noise: Noise, x: Tensor, count: int) -> Iterator[Tensor]:
+def noise_draws(noise: Noise, x: Tensor, count: int) -> Iterator[Tensor]:
     """Return `count` successive draws of ε ~ N(0, I), each with the shape, dtype and device of `x`.
 
     Args:

@@ -16,7 +16,7 @@ from ibmd_cli.hub import parse_hf, push, repository
 from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.interface import describe_tensors, sample_script
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 
 GRID = "grid.png"
 HUB_LICENCES = {
@@ -34,7 +34,7 @@ HUB_LICENCES = {
 
 
 def student_card(
-    student: Student, *, reference: str = "FOLDER", results: Mapping[str, Any] | None = None, grid: bool = False
+    student: StudentModel, *, reference: str = "FOLDER", results: Mapping[str, Any] | None = None, grid: bool = False
 ) -> str:
     """Return the model card of a student.
 
@@ -65,7 +65,7 @@ def student_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def read_results(file: Path, student: Student) -> dict[str, Any]:
+def read_results(file: Path, student: StudentModel) -> dict[str, Any]:
     """Read the `results.json` that `ibmd eval --out` wrote, and make sure that it is about this student.
 
     Raises:
@@ -127,7 +127,7 @@ def publish(
     }
 
 
-def published_files(student: Student, reference: str, results: Path | None = None) -> dict[str, Path | bytes]:
+def published_files(student: StudentModel, reference: str, results: Path | None = None) -> dict[str, Path | bytes]:
     """Return what is published of a student: path in its repository → a file, or its content; see `publish`."""
     if student.weights is None:
         raise ValueError(f"{student.name}: its weights come from no file")
@@ -147,7 +147,7 @@ def published_files(student: Student, reference: str, results: Path | None = Non
 
 
 def _front_matter(
-    student: Student, teacher: Mapping[str, Any], licence: Mapping[str, str], results: Mapping[str, Any] | None
+    student: StudentModel, teacher: Mapping[str, Any], licence: Mapping[str, str], results: Mapping[str, Any] | None
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -198,7 +198,7 @@ def describe_teacher(config: Mapping[str, Any]) -> dict[str, str | None]:
     return {"link": f"`{Path(reference).name}`", "repo": None, "data": None}
 
 
-def _facts(student: Student, teacher: Mapping[str, Any]) -> dict[str, str]:
+def _facts(student: StudentModel, teacher: Mapping[str, Any]) -> dict[str, str]:
     config, side = student.config, student.image_size
     noise = student.setup.noise_shape
     drawn = f"z, {'×'.join(map(str, noise))} normal numbers: another z, another result" if noise else "no z"
@@ -215,7 +215,7 @@ def _facts(student: Student, teacher: Mapping[str, Any]) -> dict[str, str]:
     return facts | ({"Data of the teacher": teacher["data"]} if teacher["data"] else {})
 
 
-def _examples(student: Student, reference: str) -> str:
+def _examples(student: StudentModel, reference: str) -> str:
     config, translate = student.config, f"ibmd sample --student {reference} --input"
     mask, hole = (" --mask HOLE.png", ', mask=Image.open("HOLE.png")') if config["mask"] else ("", "")
     label, index = (" --label 0", ", label=0") if config["classes"] else ("", "")
@@ -232,7 +232,7 @@ def _examples(student: Student, reference: str) -> str:
     return "```sh\n{}\n```\n\n```python\n{}\n```".format("\n".join(commands), "\n".join(python))
 
 
-def _elsewhere(student: Student, reference: str) -> str:
+def _elsewhere(student: StudentModel, reference: str) -> str:
     """Say how the student runs with NumPy and ONNX Runtime alone."""
     script = sample_script(student)
     return (

@@ -17,7 +17,7 @@ def published() -> dict[str, dict[str, Any]]:
     return {alias: {**absent, **table["defaults"][row["family"]], **row} for alias, row in table["teachers"].items()}
 
 
-def locate(alias: str, *, quiet: bool = False) -> Path:
+def find_published(alias: str, *, quiet: bool = False) -> Path:
     """Return the checkpoint of a published teacher, as its authors wrote it.
 
     Args:
@@ -42,7 +42,7 @@ def locate(alias: str, *, quiet: bool = False) -> Path:
     )
 
 
-def to_fetch(alias: str) -> list[dict[str, Any]]:
+def missing_files(alias: str) -> list[dict[str, Any]]:
     """Return what is still to be fetched of a published teacher: where it is, and about how many bytes."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -19,7 +19,7 @@ from ibmd_cli import __version__, hub
 from ibmd_cli.errors import IbmdError, NotAvailable, nearest
 from ibmd_cli.files import assets, atomic_folder, read_json
 from ibmd_cli.models import FORMAT_VERSION
-from ibmd_cli.models.model import DTYPES, Model, Student, Teacher
+from ibmd_cli.models.model import PRECISIONS, Model, StudentModel, TeacherModel
 from ibmd_cli.models.samplers import check_sampler
 from ibmd_cli.networks.predictor import Predictor, make_predictor
 
@@ -58,7 +58,9 @@ def save_weights(model: Model, file: Path, dtype: str, readme: str = "") -> None
 
 
 def _weights(model: Model, dtype: str) -> dict[str, Tensor]:
-    return {key: v.detach().to("cpu", DTYPES[dtype]).contiguous() for key, v in model.predictor.state_dict().items()}
+    return {
+        key: v.detach().to("cpu", PRECISIONS[dtype]).contiguous() for key, v in model.predictor.state_dict().items()
+    }
 
 
 def _save_tensors(tensors: dict[str, Tensor], config: dict[str, Any], file: Path) -> None:
@@ -71,32 +73,32 @@ def _save_tensors(tensors: dict[str, Tensor], config: dict[str, Any], file: Path
     file.chmod(0o644)  # safetensors writes for the owner alone
 
 
-M = TypeVar("M", Teacher, Student)
+M = TypeVar("M", TeacherModel, StudentModel)
 
 
-def load_model(reference: str, kind: str | None = None) -> Teacher | Student:
+def load_model(reference: str, kind: str | None = None) -> TeacherModel | StudentModel:
     """Load the model that a reference names, of either kind unless `kind` says "teacher" or "student".
 
     Raises:
         NotAvailable: the reference names nothing.
         IbmdError: the folder is of a newer format or of the other kind, or its weights do not fit its configuration.
     """
-    path = resolve(reference, kind)
+    path = find_model(reference, kind)
     if kind == "teacher" or (kind is None and read_config(path)["format"] == "ibmd-teacher"):
-        return load_folder(path, reference, Teacher)
-    return load_folder(path, reference, Student)
+        return load_folder(path, reference, TeacherModel)
+    return load_folder(path, reference, StudentModel)
 
 
-def load_student(reference: str) -> Student:
+def load_student(reference: str) -> StudentModel:
     """Load a student; errors as of `load_model`. A teacher is loaded by `teachers.load_teacher`."""
-    return load_folder(resolve(reference, "student"), reference, Student)
+    return load_folder(find_model(reference, "student"), reference, StudentModel)
 
 
 def load_folder(path: Path, reference: str, kind: type[M]) -> M:
     """Load a model of a known kind from its folder, or safetensors file, that a reference named."""
     config = read_config(path)
-    if config["format"] != (wanted := f"ibmd-{kind.__name__.lower()}"):
-        raise other_kind(reference, config, wanted.removeprefix("ibmd-"))
+    if config["format"] != f"ibmd-{kind.kind}":
+        raise other_kind(reference, config, kind.kind)
     try:
         with torch.device("meta"):  # no weights yet: they are in the file
             predictor = make_predictor(config)
@@ -114,7 +116,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         IbmdError: it is no model of ibmd, or of a newer format.
     """
-    config = read_metadata(path) if path.is_file() else read_json(path / "config.json")
+    config = read_file_config(path) if path.is_file() else read_json(path / "config.json")
     config.pop("readme", None)
     if config.get("format") not in ("ibmd-teacher", "ibmd-student"):
         raise IbmdError(f"{path}: not a model of ibmd: its format is {config.get('format')!r}")
@@ -159,7 +161,7 @@ def _check(config: dict[str, Any], predictor: Predictor) -> None:
     predictor.bridge.coefficients(torch.tensor([predictor.bridge.T], device="cpu"))
     if config["format"] == "ibmd-teacher":
         settings = dict(config["sampling"])
-        check_sampler(settings.pop("sampler"), predictor.bridge, settings.pop("nfe"), settings)
+        check_sampler(settings.pop("sampler"), settings.pop("nfe"), settings, predictor.bridge)
 
 
 def load_weights(predictor: Predictor, file: Path) -> None:
@@ -196,7 +198,7 @@ def misfits(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, .
     return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
+def read_file_config(file: Path) -> dict[str, Any]:
     """Return the configuration in a safetensors file that `save_weights` wrote; nothing in another one.
 
     Raises:
@@ -253,7 +255,7 @@ def is_run(path: Path) -> bool:
     return is_model(path / "student") or (config.is_file() and not is_model(path) and "settings" in read_json(config))
 
 
-def resolve(reference: str, kind: str | None = None, quiet: bool = False) -> Path:
+def find_model(reference: str, kind: str | None = None, quiet: bool = False) -> Path:
     """Return the model folder (or safetensors file) that a reference names.
 
     Args:

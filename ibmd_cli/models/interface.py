@@ -10,13 +10,13 @@ from math import prod
 import jinja2
 
 from ibmd_cli.files import assets
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 
 FILL = {"zero": "0", "white": "1", "noise": "normal(3, {0}, {0})"}
 """What a hole is filled with, by the student's configuration, as NumPy."""
 
 
-def noise_shapes(student: Student, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def noise_shapes(student: StudentModel, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of z and eps for one image of `shape` (3, H, W); without those that are not taken."""
     setup, calls = student.setup, student.nfe
     shapes: dict[str, tuple[int, ...]] = {}
@@ -27,7 +27,7 @@ def noise_shapes(student: Student, shape: Sequence[int]) -> dict[str, tuple[int,
     return shapes
 
 
-def describe_tensors(student: Student) -> dict[str, str]:
+def describe_tensors(student: StudentModel) -> dict[str, str]:
     """Describe the tensors that a student takes, and x_0, which it returns: one line by name."""
     side, scale, multiple = student.image_size, student.source_scale, student.predictor.backbone.size_multiple
     noise, calls = noise_shapes(student, (3, 0, 0)), student.nfe
@@ -54,7 +54,7 @@ def describe_tensors(student: Student) -> dict[str, str]:
     return texts
 
 
-def describe(student: Student, noise_inside: bool = False) -> str:
+def describe_student(student: StudentModel, noise_inside: bool = False) -> str:
     """Describe a student to the reader of an exported file: task, tensors, how a picture becomes x_T, and a script."""
     texts = describe_tensors(student)
     side = student.image_size // student.source_scale
@@ -74,7 +74,7 @@ def describe(student: Student, noise_inside: bool = False) -> str:
     )
 
 
-def sample_script(student: Student, file: str = "student.onnx", noise_inside: bool = False) -> str:
+def sample_script(student: StudentModel, file: str = "student.onnx", noise_inside: bool = False) -> str:
     """Return a Python script that does what `ibmd sample` does, with an ONNX file and without ibmd."""
     side, scale, config, calls = student.image_size, student.source_scale, student.config, student.nfe
     shapes = {} if noise_inside else noise_shapes(student, (3, side, side))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ibmd_cli.method.noise import Streams
 from ibmd_cli.models.samplers import network_calls, sample_teacher
 from ibmd_cli.networks.predictor import Predictor
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -66,8 +66,10 @@ class Model:
         return self
 
 
-class Teacher(Model):
+class TeacherModel(Model):
     """A diffusion bridge, sampled in many steps."""
+
+    kind: ClassVar[str] = "teacher"
 
     @property
     def bridge(self) -> Bridge:
@@ -126,8 +128,10 @@ class Teacher(Model):
         return sampler or own, nfe or calls, {**(settings if sampler in (None, own) else {}), **options}
 
 
-class Student(Model):
+class StudentModel(Model):
     """A distilled generator, G_θ(x_T, z)."""
+
+    kind: ClassVar[str] = "student"
 
     @property
     def setup(self) -> Setup:

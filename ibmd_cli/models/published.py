@@ -352,7 +352,7 @@ def convert(
         IbmdError: see `infer_network`; or the preset is for another checkpoint, or is needed.
     """
     file = checkpoint.file
-    config = describe(checkpoint, preset, head_channels, attention_order)
+    config = describe_checkpoint(checkpoint, preset, head_channels, attention_order)
     config["name"] = name
     config["source"] = {
         "reference": source or str(file),
@@ -366,7 +366,7 @@ def convert(
     save_folder(folder, config, tensors, _card(config))
 
 
-def describe(
+def describe_checkpoint(
     checkpoint: Checkpoint, preset: Mapping[str, Any] | None, head_channels: int | None, attention_order: str | None
 ) -> dict[str, Any]:
     """Return the `config.json` of a checkpoint, but for its name and source; arguments and errors as of `convert`."""

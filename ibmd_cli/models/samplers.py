@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ibmd_cli.errors import UsageError
 from ibmd_cli.method.bridges import Bridge, I2SBBridge, float64_device
-from ibmd_cli.method.noise import Noise, draws
+from ibmd_cli.method.noise import Noise, noise_draws
 from ibmd_cli.method.times import LogTimes
 
 Denoise = Callable[[Tensor, float, Tensor], Tensor]
@@ -47,9 +47,9 @@ def sample_teacher(
         teacher: has a `bridge`, and `predict_x0(x_t, t, x_T, label=…)` or is itself called like that. `t` is (B,), of
             the dtype in `SAMPLERS`.
         x_T: sources (B, …), of any shape; images in [-1, 1].
-        sampler: a name in `SAMPLERS`, or "heun" for "ddbm".
+        sampler: a name in `SAMPLERS`.
         nfe: network calls, counted as published; see `network_calls` for those that are really made.
-        noise: a random stream, one per image, or the draws themselves: see `noise.draws`. Draws are used in this
+        noise: a random stream, one per image, or the draws themselves: see `noise_draws`. Draws are used in this
             order: "ddbm", one per interval; "dbim", the first state, then one per step but the last; "i2sb", the hole
             if there is a mask, then in each step its own (not in the last) and, with a mask, the known pixels'.
         mask: broadcasts against x_T, 1 = to be generated, 0 = kept from x_T. "ddbm" takes none, as published.
@@ -66,8 +66,7 @@ def sample_teacher(
     bridge: Bridge | None = getattr(teacher, "bridge", None)
     if bridge is None:
         raise UsageError(f"a teacher needs a bridge: give the {type(teacher).__name__} an attribute `bridge`")
-    name, settings = check_sampler(sampler, bridge, nfe, options)
-    chosen = SAMPLERS[name]
+    settings, chosen = check_sampler(sampler, nfe, options, bridge), SAMPLERS[sampler]
     predict = getattr(teacher, "predict_x0", teacher)
     state, time = chosen.state, chosen.time
     if float64_device(x_T) != x_T.device:
@@ -84,27 +83,13 @@ def sample_teacher(
     return chosen.sample(denoise, bridge, x_T.to(state), mask, nfe, noise, **settings).to(x_T.dtype)
 
 
-def check_sampler(sampler: str, bridge: Bridge, nfe: int, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the sampler's name in `SAMPLERS` and all its options.
-
-    Raises:
-        UsageError: as `sample_teacher`.
-    """
-    name, settings = _settings(sampler, nfe, options)
-    if bridge.whole_steps != SAMPLERS[name].whole_steps:
-        fitting = ", ".join(other for other, row in SAMPLERS.items() if row.whole_steps == bridge.whole_steps)
-        raise UsageError(f"sampler {sampler}: not defined for a teacher of kind {bridge.kind}: expected {fitting}")
-    return name, settings
-
-
 def network_calls(sampler: str, nfe: int, **options: Any) -> int:
     """Return how often the teacher is called when `nfe` calls are asked for: Heun's come in groups.
 
     Raises:
         UsageError: as `sample_teacher`.
     """
-    name, settings = _settings(sampler, nfe, options)
-    return SAMPLERS[name].calls(nfe, settings)
+    return SAMPLERS[sampler].calls(nfe, check_sampler(sampler, nfe, options))
 
 
 # ------------------------------------------------------------------------------------------------------- DDBM
@@ -145,7 +130,7 @@ def _sample_ddbm(
         return f * x - g2 * (share * score - guidance * h)
 
     n = _ddbm_intervals(nfe, churn)
-    eps = draws(noise, x_T, n if churn else 0)
+    eps = noise_draws(noise, x_T, n if churn else 0)
     x = x_T
     for start, t in pairwise(_ddbm_times(bridge, n, rho)):
         s = start + churn * (t - start)
@@ -209,7 +194,7 @@ def _sample_dbim(
         return x_0 if mask is None else mask * x_0 + (1 - mask) * x_T
 
     random = eta > 0 and order == 1
-    eps = draws(noise, x_T, nfe - 1 if random else min(nfe - 1, 1))
+    eps = noise_draws(noise, x_T, nfe - 1 if random else min(nfe - 1, 1))
     x_0 = predict(x_T, bridge.T)
     if nfe == 1:
         return x_0
@@ -282,7 +267,8 @@ def _sample_i2sb(
     if log_times := _log_times(**grid):
         steps = _distinct([bridge.n_steps - 1, *log_times.grid(bridge, nfe - 1).tolist(), 0])
     random, inpaint = not bridge.noise_free, mask is not None
-    eps = draws(noise, x_T, inpaint + random * (nfe - 1 + inpaint * nfe))  # hole, steps but the last, known pixels
+    # The hole, the steps but the last, the known pixels.
+    eps = noise_draws(noise, x_T, inpaint + random * (nfe - 1 + inpaint * nfe))
     if mask is not None:
         x_T = mask * next(eps) + (1 - mask) * x_T
     x = x_T
@@ -320,7 +306,7 @@ def _distinct(steps: list[int]) -> list[int]:
 # ------------------------------------------------------------------------------------------------------ table
 
 
-class Option(NamedTuple):
+class SamplerOption(NamedTuple):
     """A number (or a switch, 0 or 1) that a sampler takes."""
 
     default: float
@@ -350,13 +336,13 @@ class Sampler:
     state: torch.dtype
     time: torch.dtype
     calls: Callable[[int, Mapping[str, Any]], int]
-    options: dict[str, Option]
+    options: dict[str, SamplerOption]
 
 
 LOG_GRID = {
-    "log_grid": Option(False, 0, 1, "times uniform in ℓ = log(b/c), in place of the published grid"),
-    "sigma_min": Option(0.02, 1e-4, 1e4, "with log_grid: noise c/b of the time nearest to the target"),
-    "sigma_max": Option(200.0, 1e-4, 1e4, "with log_grid: noise c/b of the time nearest to T"),
+    "log_grid": SamplerOption(False, 0, 1, "times uniform in ℓ = log(b/c), in place of the published grid"),
+    "sigma_min": SamplerOption(0.02, 1e-4, 1e4, "with log_grid: noise c/b of the time nearest to the target"),
+    "sigma_max": SamplerOption(200.0, 1e-4, 1e4, "with log_grid: noise c/b of the time nearest to T"),
 }
 SAMPLERS = {
     "ddbm": Sampler(
@@ -367,9 +353,9 @@ SAMPLERS = {
         torch.float64,
         _ddbm_calls,
         {
-            "churn": Option(0.33, 0, 0.999, "share of each interval that is walked with noise"),
-            "guidance": Option(1.0, 0, 100, "w, weight of the pull towards x_T"),
-            "rho": Option(7.0, 1, 100, "how densely times lie near 0"),
+            "churn": SamplerOption(0.33, 0, 0.999, "share of each interval that is walked with noise"),
+            "guidance": SamplerOption(1.0, 0, 100, "w, weight of the pull towards x_T"),
+            "rho": SamplerOption(7.0, 1, 100, "how densely times lie near 0"),
         },
     ),
     "dbim": Sampler(
@@ -380,8 +366,8 @@ SAMPLERS = {
         torch.float32,
         lambda nfe, _: nfe,
         {
-            "eta": Option(1.0, 0, 1, "η: 1 Markovian (as sample.py), 0 deterministic but for the first draw"),
-            "order": Option(1, 1, 3, "1: the η-sampler; 2 or 3: multistep with η = 0, whatever eta says"),
+            "eta": SamplerOption(1.0, 0, 1, "η: 1 Markovian (as sample.py), 0 deterministic but for the first draw"),
+            "order": SamplerOption(1, 1, 3, "1: the η-sampler; 2 or 3: multistep with η = 0, whatever eta says"),
             **LOG_GRID,
         },
     ),
@@ -392,20 +378,22 @@ SAMPLERS = {
         torch.float32,
         torch.int64,
         lambda nfe, _: nfe,
-        {"clip": Option(False, 0, 1, "clamp each x̂_0 to [-1, 1]"), **LOG_GRID},
+        {"clip": SamplerOption(False, 0, 1, "clamp each x̂_0 to [-1, 1]"), **LOG_GRID},
     ),
 }
-ALIASES = {"heun": "ddbm"}
 
 
-def _settings(sampler: str, nfe: int, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the sampler's name in `SAMPLERS` and all its options, checked."""
-    name = ALIASES.get(sampler, sampler)
-    if name not in SAMPLERS:
-        raise UsageError(f"sampler {sampler!r}: expected {', '.join([*SAMPLERS, *ALIASES])}")
+def check_sampler(sampler: str, nfe: int, options: Mapping[str, Any], bridge: Bridge | None = None) -> dict[str, Any]:
+    """Return all options of a sampler, after a check that they, and it, fit the bridge.
+
+    Raises:
+        UsageError: as `sample_teacher`.
+    """
+    if sampler not in SAMPLERS:
+        raise UsageError(f"sampler {sampler!r}: expected {', '.join(SAMPLERS)}")
     if nfe < 1:
         raise UsageError(f"nfe {nfe}: expected at least 1")
-    known = SAMPLERS[name].options
+    known = SAMPLERS[sampler].options
     for key, value in options.items():
         if key not in known:
             raise UsageError(f"sampler {sampler} has no option {key!r}: expected {', '.join(known)}")
@@ -414,7 +402,10 @@ def _settings(sampler: str, nfe: int, options: Mapping[str, Any]) -> tuple[str, 
         if not isinstance(value, number) or not low <= value <= high:
             whole = "a whole number" if number is int else "a number"
             raise UsageError(f"sampler {sampler}: {key} is {value!r}, expected {whole} from {low:g} to {high:g}")
-    return name, {key: options.get(key, option.default) for key, option in known.items()}
+    if bridge is not None and bridge.whole_steps != SAMPLERS[sampler].whole_steps:
+        fitting = ", ".join(other for other, row in SAMPLERS.items() if row.whole_steps == bridge.whole_steps)
+        raise UsageError(f"sampler {sampler}: not defined for a teacher of kind {bridge.kind}: expected {fitting}")
+    return {key: options.get(key, option.default) for key, option in known.items()}
 
 
 def _at(f: Callable[[Tensor], tuple[Tensor, ...]], t: float) -> list[float]:

@@ -15,19 +15,19 @@ from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import IbmdError, UsageError, nearest
 from ibmd_cli.files import read_json
 from ibmd_cli.models import FORMAT_VERSION, catalogue
-from ibmd_cli.models.catalogue import published, to_fetch
+from ibmd_cli.models.catalogue import missing_files, published
 from ibmd_cli.models.folder import (
+    find_model,
     is_model,
     is_run,
     list_builtin,
     load_folder,
     other_kind,
     read_config,
-    read_metadata,
-    resolve,
+    read_file_config,
 )
-from ibmd_cli.models.model import Teacher
-from ibmd_cli.models.published import Checkpoint, convert, describe, read_checkpoint
+from ibmd_cli.models.model import TeacherModel
+from ibmd_cli.models.published import Checkpoint, convert, describe_checkpoint, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TeacherRef:
 
 def load_teacher(
     reference: str | TeacherRef, *, device: torch.device | str = "cpu", quiet: bool = False, **facts: Any
-) -> Teacher:
+) -> TeacherModel:
     """Load a teacher.
 
     Args:
@@ -68,7 +68,7 @@ def load_teacher(
         IbmdError: the file is not a teacher, is damaged, or is another than the preset's.
     """
     ref = TeacherRef(reference, **facts) if isinstance(reference, str) else reference
-    teacher = load_folder(find_teacher(ref, quiet), ref.reference, Teacher)
+    teacher = load_folder(find_teacher(ref, quiet), ref.reference, TeacherModel)
     teacher.to(resolve_device(str(device)))
     return teacher
 
@@ -85,7 +85,7 @@ def look_up_teacher(ref: TeacherRef) -> tuple[dict[str, Any], list[dict[str, Any
     Errors are those of `load_teacher`. Of a published teacher that is not here, the table tells.
     """
     alias = ref.reference.removeprefix("hub:")
-    if ref.reference.startswith("hub:") and alias in published() and (missing := to_fetch(alias)):
+    if ref.reference.startswith("hub:") and alias in published() and (missing := missing_files(alias)):
         row = published()[alias]
         network = {"in_channels": 6 if row["conditional"] else 3, "num_classes": row["classes"], **row["network"]}
         network |= {key: row[key] for key in ("attention_order", "head_channels")}
@@ -94,7 +94,7 @@ def look_up_teacher(ref: TeacherRef) -> tuple[dict[str, Any], list[dict[str, Any
     if config := _own_config(path, ref):
         return config, []
     checkpoint = read_checkpoint(path)
-    return describe(checkpoint, _row(checkpoint, ref), ref.head_channels, ref.attention_order), []
+    return describe_checkpoint(checkpoint, _row(checkpoint, ref), ref.head_channels, ref.attention_order), []
 
 
 def recognise_file(reference: str) -> str | None:
@@ -114,8 +114,8 @@ def _locate(ref: TeacherRef, quiet: bool) -> tuple[Path, TeacherRef]:
         alias = reference.removeprefix("hub:")
         if preset not in (None, "", alias):
             raise UsageError(f"--preset {preset}: {reference} has its own; leave --preset out")
-        return catalogue.locate(alias, quiet=quiet), replace(ref, preset=alias)
-    return Path(reference) if Path(reference).exists() else resolve(reference, "teacher", quiet), ref
+        return catalogue.find_published(alias, quiet=quiet), replace(ref, preset=alias)
+    return Path(reference) if Path(reference).exists() else find_model(reference, "teacher", quiet), ref
 
 
 def _own_config(path: Path, ref: TeacherRef) -> dict[str, Any] | None:
@@ -130,7 +130,7 @@ def _own_config(path: Path, ref: TeacherRef) -> dict[str, Any] | None:
         raise IbmdError(f"{ref.reference}: a run folder, where a teacher is needed. The run's own teacher is {own}")
     if path.suffix in (".onnx", ".pt2"):
         raise other_kind(ref.reference, {}, "teacher")
-    if not is_model(path) and not (path.suffix == ".safetensors" and read_metadata(path)):
+    if not is_model(path) and not (path.suffix == ".safetensors" and read_file_config(path)):
         return None
     config = read_config(path)
     if config["format"] != "ibmd-teacher":

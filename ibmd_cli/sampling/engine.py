@@ -12,7 +12,7 @@ from ibmd_cli.devices import resolve_device, single_threaded
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
 from ibmd_cli.models.folder import load_student
-from ibmd_cli.models.model import Student, Teacher
+from ibmd_cli.models.model import StudentModel, TeacherModel
 from ibmd_cli.models.teachers import TeacherRef, load_teacher
 from ibmd_cli.processes import this_process
 
@@ -32,14 +32,14 @@ class TorchEngine:
 
     def __init__(
         self,
-        model: Student | Teacher,
+        model: StudentModel | TeacherModel,
         nfe: int | None = None,
         sampler: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.config, self.name = model, model.config, model.name
         self.image_size, self.source_scale = model.image_size, model.source_scale
-        if isinstance(model, Teacher):
+        if isinstance(model, TeacherModel):
             self.nfe = nfe or int(model.config["sampling"]["nfe"])
             self.settings = {"nfe": self.nfe, "sampler": sampler, **(options or {})}
         else:

@@ -29,7 +29,7 @@ class Student:
         model: as `folder.load_student` returns it, on its device; or as `runners.load_exported` does.
     """
 
-    def __init__(self, model: models.Student | ExportedStudent) -> None:
+    def __init__(self, model: models.StudentModel | ExportedStudent) -> None:
         self.model = model
         self.engine: Engine = model if isinstance(model, ExportedStudent) else TorchEngine(model)
 

@@ -161,7 +161,7 @@ def load_presets() -> dict[str, dict[str, Any]]:
     return tomllib.loads((Path(__file__).parent / "presets.toml").read_text(encoding="utf-8"))
 
 
-def differences(config: DistillConfig, saved: Mapping[str, Any]) -> list[str]:
+def changed_settings(config: DistillConfig, saved: Mapping[str, Any]) -> list[str]:
     """Tell which settings that matter differ from those of a saved run, e.g. `lr: 0.0001 there, 0.0002 here`.
 
     A setting that the saved run does not know yet had its default there.

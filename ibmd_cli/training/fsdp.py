@@ -65,7 +65,7 @@ def gather(state: dict[str, Any], keep: bool) -> dict[str, Any]:
     return tree_map(gathered, state)
 
 
-def lay(x: Tensor, like: Tensor) -> Tensor:
+def split_as(x: Tensor, like: Tensor) -> Tensor:
     """Return a whole tensor split and laid out in memory as another of its shape."""
     if isinstance(like, DTensor):
         return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)

@@ -29,7 +29,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import read_json
 from ibmd_cli.method.distillation import Iterations, Sources, Step, generate, ibmd
 from ibmd_cli.method.noise import Streams
-from ibmd_cli.models.model import Student, Teacher, make_setup
+from ibmd_cli.models.model import StudentModel, TeacherModel, make_setup
 from ibmd_cli.models.teachers import TeacherRef, load_teacher
 from ibmd_cli.networks.predictor import Predictor
 from ibmd_cli.processes import this_process
@@ -168,8 +168,8 @@ class Training:
         self,
         config: DistillConfig,
         out: Path,
-        teacher: Teacher,
-        student: Student,
+        teacher: TeacherModel,
+        student: StudentModel,
         sources: SourceImages,
         accelerator: Accelerator,
         reporter: Reporter,

@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryNeed:
     """Bytes that a distillation takes in each process.
 
     Attributes:
@@ -40,7 +40,7 @@ class Estimate:
     per_image: int
 
 
-def estimate(
+def estimate_memory(
     predictor: Predictor,
     student: Predictor,
     side: int,
@@ -50,7 +50,7 @@ def estimate(
     checkpointing: bool,
     mixed: bool,
     alone: bool = True,
-) -> Estimate:
+) -> MemoryNeed:
     """Estimate from shapes alone; on the meta device, so that networks of any size fit.
 
     Args:
@@ -72,7 +72,7 @@ def estimate(
     student_graph = calls * _graph_bytes(student, side, True, checkpointing, mixed)
     step = max(student_graph, critic_graph) if recompute else student_graph + critic_graph
     copies = 2 * (n + n_student) if mixed else 0  # of the weights, in 16 bits
-    return Estimate(fixed + copies, max(bridge_graph, step))
+    return MemoryNeed(fixed + copies, max(bridge_graph, step))
 
 
 def _graph_bytes(predictor: Predictor, side: int, trained: bool, checkpointing: bool, mixed: bool) -> int:

@@ -6,12 +6,12 @@ from ibmd_cli import __version__
 from ibmd_cli.errors import UsageError
 from ibmd_cli.method.noise import stream
 from ibmd_cli.models.folder import load_student
-from ibmd_cli.models.model import Student, Teacher, student_times
+from ibmd_cli.models.model import StudentModel, TeacherModel, student_times
 from ibmd_cli.settings import to_json
 from ibmd_cli.training.config import DistillConfig
 
 
-def new_student(config: DistillConfig, teacher: Teacher) -> Student:
+def new_student(config: DistillConfig, teacher: TeacherModel) -> StudentModel:
     """Make a student of the teacher's weights; those for z are zero or small (arXiv:2502.01362v2, App. B).
 
     Differs from the paper: with `init`, of the weights of a student, e.g. one of fewer steps.
@@ -51,4 +51,4 @@ def new_student(config: DistillConfig, teacher: Teacher) -> Student:
         "teacher": {"reference": config.teacher, "sha256": teacher.digest()},
         "training": to_json(config),
     }
-    return Student(predictor, settings)
+    return StudentModel(predictor, settings)

@@ -22,7 +22,7 @@ from ibmd_cli.training import fsdp
 
 PATIENCE = 5
 """This many skipped steps in a row stop the training."""
-HALVINGS = 16
+FP16_PATIENCE = 16
 """With fp16, this many more: the scale of the loss starts at 2^16, and each skipped step halves it until it fits."""
 
 
@@ -189,7 +189,7 @@ class Player:
         _load(self.network, state["model"])
         parameters = list(self.network.parameters())
         moments = {
-            i: {k: fsdp.lay(v, parameters[i]) if v.shape == parameters[i].shape else v for k, v in tensors.items()}
+            i: {k: fsdp.split_as(v, parameters[i]) if v.shape == parameters[i].shape else v for k, v in tensors.items()}
             for i, tensors in state["optimizer"]["state"].items()
         }
         self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
@@ -207,7 +207,7 @@ class Player:
             scaler.update()
         self.skipped += 1
         self.in_a_row += 1
-        if self.in_a_row >= PATIENCE + (HALVINGS if scaler is not None else 0):
+        if self.in_a_row >= PATIENCE + (FP16_PATIENCE if scaler is not None else 0):
             raise Diverged(
                 f"{self.name} step {step + 1}: loss {loss:g}, gradient norm {norm:g}: "
                 f"not finite {self.in_a_row} times in a row"
@@ -233,4 +233,4 @@ class Player:
 def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Load whole weights into a network that may be split."""
     own = network.state_dict()
-    network.load_state_dict({name: fsdp.lay(x, own[name]) for name, x in state.items()})
+    network.load_state_dict({name: fsdp.split_as(x, own[name]) for name, x in state.items()})

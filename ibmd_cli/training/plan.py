@@ -21,7 +21,7 @@ from ibmd_cli.models.teachers import TeacherRef, look_up_teacher
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import AUTO, DistillConfig
-from ibmd_cli.training.memory import estimate
+from ibmd_cli.training.memory import estimate_memory
 
 PROBE = 4
 """Images of the updates that are timed, at most."""
@@ -32,7 +32,7 @@ TOO_LARGE = 100_000_000
 def plan(config: DistillConfig, out: Path, processes: int, device: torch.device) -> dict[str, Any]:
     """Return what a run would take, for `--dry-run`; nothing is fetched, converted or written.
 
-    The memory is an estimate (`memory.estimate`), within a quarter of what was measured on a CPU; the time follows
+    The memory is an estimate (`estimate_memory`), within a quarter of what was measured on a CPU; the time follows
     from a few updates of networks with random weights.
 
     Raises:
@@ -58,7 +58,7 @@ def plan(config: DistillConfig, out: Path, processes: int, device: torch.device)
     n, n_student = (sum(p.numel() for p in network.parameters()) for network in (predictor, generator))
     bridge = predictor.bridge
     times = student_times(bridge, config.nfe, config.timesteps)
-    memory = estimate(
+    memory = estimate_memory(
         predictor,
         generator,
         size,

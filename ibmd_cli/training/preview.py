@@ -12,7 +12,7 @@ from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.images.grids import labelled_grid
 from ibmd_cli.method.noise import stream
 from ibmd_cli.metrics.scores import diversity
-from ibmd_cli.models.model import Student, Teacher
+from ibmd_cli.models.model import StudentModel, TeacherModel
 
 SOURCES = 8
 VARIANTS = 4
@@ -29,7 +29,7 @@ class Preview:
     `TEACHER_CALLS` calls, or fewer: nearly all of it is there by then.
     """
 
-    def __init__(self, sources: SourceImages, teacher: Teacher, seed: int, device: torch.device) -> None:
+    def __init__(self, sources: SourceImages, teacher: TeacherModel, seed: int, device: torch.device) -> None:
         rows = torch.linspace(0, len(sources) - 1, min(SOURCES, len(sources))).long().tolist()
         self.batch = sources.take(rows, stream(seed, "preview sources"), device)
         self.teacher, self.seed = teacher, seed
@@ -43,12 +43,12 @@ class Preview:
         variants = [self.teacher.translate(self.batch, self._streams(v), calls) for v in range(VARIANTS)]
         return images, float(diversity(torch.stack(variants)).mean())
 
-    def save(self, file: Path, student: Student, predictor: nn.Module) -> dict[str, float]:
+    def save(self, file: Path, student: StudentModel, predictor: nn.Module) -> dict[str, float]:
         """Write the picture with the student's present (averaged) weights; return what it adds to the log.
 
         A student without noise adds nothing.
         """
-        student = Student(predictor, student.config)  # type: ignore[arg-type]
+        student = StudentModel(predictor, student.config)  # type: ignore[arg-type]
         variants = [student.translate(self.batch, self._streams(v)) for v in range(VARIANTS)]
         of_teacher, teacher_diversity = self.of_teacher
         images = [to_uint8(x.cpu()) for x in (self.batch.x_T, of_teacher, variants[0])]

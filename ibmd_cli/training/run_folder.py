@@ -25,9 +25,9 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import atomic_file, atomic_folder, read_json, sha256
 from ibmd_cli.models.card import student_card
 from ibmd_cli.models.folder import load_student, save_model
-from ibmd_cli.models.model import Model, Student
+from ibmd_cli.models.model import Model, StudentModel
 from ibmd_cli.reporting import Reporter
-from ibmd_cli.training.config import DistillConfig, differences, to_json
+from ibmd_cli.training.config import DistillConfig, changed_settings, to_json
 from ibmd_cli.training.log import read_log
 from ibmd_cli.training.optimise import Diverged, Player
 
@@ -64,7 +64,7 @@ def check_run(out: Path, config: DistillConfig, resume: str) -> None:
             raise UsageError(f"--out {out}: its config.json is not that of a run; give another --out")
         if resume == "never":
             raise UsageError(f"{out}: holds a run already; give another --out, or --resume auto to continue it")
-        if changed := differences(config, saved):
+        if changed := changed_settings(config, saved):
             raise UsageError(f"{out}: a run with other settings ({'; '.join(changed)}); give another --out")
     elif out.exists() and any(path.name[:6] != ".ibmd-" for path in out.iterdir()):
         raise UsageError(f"{out}: not empty and not a run folder; give another --out")
@@ -179,7 +179,7 @@ class Run:
         self,
         out: Path,
         players: dict[str, Player],
-        student: Student,
+        student: StudentModel,
         keep: int,
         scaler: torch.amp.GradScaler | None,
         writes: bool = True,
@@ -320,7 +320,7 @@ class Run:
                 mend += f"; --resume {newest[0]} starts it from the last good checkpoint"
             raise IbmdError(f"{error}; {mend}") from error
 
-    def _save_student(self, student: Student) -> None:
+    def _save_student(self, student: StudentModel) -> None:
         folder = self.out / "student"
         needed = sum(v.nbytes for v in student.predictor.state_dict().values())
         with writing(folder, needed, self.holds()):
@@ -340,13 +340,13 @@ class Run:
             reporter.warn(f"{folder}: absent, damaged, or not of step {step}; written again from the checkpoint")
             self._save_student(want)
 
-    def _averaged(self, step: int) -> Student:
+    def _averaged(self, step: int) -> StudentModel:
         """Return the student with the averaged weights."""
         training = {**self.student.config["training"], "step": step}
         if 0 < step <= self.players["student"].skipped:
             training["untrained"] = True  # all updates were skipped
         predictor = self.players["student"].averaged()
-        return Student(predictor, {**self.student.config, "training": training})  # type: ignore[arg-type]
+        return StudentModel(predictor, {**self.student.config, "training": training})  # type: ignore[arg-type]
 
 
 def _read(folder: Path) -> dict[str, Any]:

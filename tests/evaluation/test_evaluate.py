@@ -36,7 +36,7 @@ from ibmd_cli.metrics.distances import frechet, inception_score, kid_terms, mome
 from ibmd_cli.metrics.features import Inception, Network, Seen
 from ibmd_cli.metrics.scores import DEFAULT, METRICS
 from ibmd_cli.models.folder import load_model, load_student, save_model
-from ibmd_cli.models.model import Teacher
+from ibmd_cli.models.model import TeacherModel
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
 
@@ -680,7 +680,7 @@ def test_teacher_that_fills_holes_of_classes(tmp_path: Path, tiny_config: dict):
     with torch.no_grad():
         for name, p in predictor.named_parameters():
             p.copy_(0.3 * randn(p.shape, stream(0, name)))
-    save_model(Teacher(predictor, tiny_config), tmp_path / "teacher")
+    save_model(TeacherModel(predictor, tiny_config), tmp_path / "teacher")
     for i, image in enumerate(embedded_pairs().x_0[:10]):
         (tmp_path / "data" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         file = tmp_path / "data" / str(i % 2) / f"{i}.png"

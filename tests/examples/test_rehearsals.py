@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ibmd_cli.cli import app
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.models.folder import load_model, save_model
-from ibmd_cli.models.model import Teacher
+from ibmd_cli.models.model import TeacherModel
 from ibmd_cli.networks.predictor import make_predictor
 
 FOLDER = Path(__file__).parents[2] / "examples" / "rehearsals"
@@ -69,7 +69,7 @@ def test_a_teacher_starts_as_the_one_that_it_starts_from(tmp_path: Path):
     config = rehearse.describe("i2sb-inpaint-center", 4)
     predictor = make_predictor(config).eval()
     torch.nn.init.normal_(predictor.backbone.out[2].weight)
-    save_model(Teacher(predictor, config), tmp_path / "start")
+    save_model(TeacherModel(predictor, config), tmp_path / "start")
     wider = make_predictor(rehearse.describe("dbim-imagenet-inpaint-center", 4)).eval()
     torch.nn.init.zeros_(wider.backbone.label_emb.weight)
     rehearse.start_from(wider, tmp_path / "start")

@@ -30,15 +30,15 @@ from ibmd_cli.export import demo_page
 from ibmd_cli.export.demo_page import runtime, write_page
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.models.folder import load_model
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 
 BUILTIN = "builtin:outline2emoji"
 
 
 @pytest.fixture(scope="module")
-def student() -> Student:
+def student() -> StudentModel:
     model = load_model(BUILTIN, "student")
-    assert isinstance(model, Student)
+    assert isinstance(model, StudentModel)
     return model
 
 
@@ -94,7 +94,7 @@ def part(page: str, name: str) -> str:
     return re.search(rf'<script [^>]*id="{name}">(.*?)</script>', page, re.DOTALL)[1]
 
 
-def test_a_page_holds_student_and_runtime(student: Student, small_runtime: dict[str, bytes], tmp_path: Path):
+def test_a_page_holds_student_and_runtime(student: StudentModel, small_runtime: dict[str, bytes], tmp_path: Path):
     model = network(tmp_path / "student.onnx", {**X_T, **Z})
     named = of_teacher(student, reference=BUILTIN, name="</script><b>", task="a → b & c")
     write_page(named, model, tmp_path / "page.html")
@@ -113,7 +113,7 @@ def test_a_page_holds_student_and_runtime(student: Student, small_runtime: dict[
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing comes from elsewhere
 
 
-def test_no_text_of_a_student_is_taken_for_html(student: Student, small_runtime: dict[str, bytes], tmp_path: Path):
+def test_no_text_of_a_student_is_taken_for_html(student: StudentModel, small_runtime: dict[str, bytes], tmp_path: Path):
     """Every string of its configuration that reaches the page holds tags, quotes and entities."""
     model = network(tmp_path / "student.onnx", {**X_T, **Z})
     changes = {"reference": HOSTILE, "name": HOSTILE, "task": HOSTILE, "licence": HOSTILE, "ibmd_version": HOSTILE}
@@ -125,7 +125,7 @@ def test_no_text_of_a_student_is_taken_for_html(student: Student, small_runtime:
     assert not re.search("[<>&]", part(page.source, "config"))
 
 
-def test_examples_are_sources_of_the_student(student: Student, small_runtime: dict[str, bytes], tmp_path: Path):
+def test_examples_are_sources_of_the_student(student: StudentModel, small_runtime: dict[str, bytes], tmp_path: Path):
     image = {**student.config["image"], "source_scale": 4}
     enlarging = of_teacher(student, reference="builtin:emoji-sr4x", image=image, degradation="sr4x-pool")
     write_page(enlarging, network(tmp_path / "student.onnx", X_T), tmp_path / "page.html")
@@ -142,7 +142,7 @@ def test_examples_are_sources_of_the_student(student: Student, small_runtime: di
 
 
 def test_what_a_page_has_no_place_for(
-    student: Student, small_runtime: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    student: StudentModel, small_runtime: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     page, model = tmp_path / "page.html", network(tmp_path / "student.onnx", X_T)
     for change in ({"mask": {"fill": "zero"}}, {"classes": 10}):
@@ -207,7 +207,7 @@ def test_another_runtime_is_refused(small_runtime: dict[str, bytes], cache: Path
 
 
 @pytest.fixture(scope="module")
-def page(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(student: StudentModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of the embedded student."""
     from ibmd_cli.export.config import ExportConfig
     from ibmd_cli.export.exporter import Exporter
@@ -238,7 +238,7 @@ class Shown:
         )
 
     @torch.no_grad()
-    def check(self, student: Student) -> None:
+    def check(self, student: StudentModel) -> None:
         """The source is the drawing, 16 × 16 of its pixels to one; the result is PyTorch's."""
         blocks = self.board.permute(2, 0, 1).float().reshape(3, 32, 16, 32, 16).mean((2, 4))
         assert ((self.x_T[0] + 1) * 127.5 - blocks).abs().max() <= 0.5001
@@ -287,7 +287,7 @@ def drag(driver: object, kind: str, *points: tuple[float, float]) -> None:
 
 
 @pytest.mark.slow
-def test_one_draws_and_sees_the_result(student: Student, page: Path, tmp_path: Path):
+def test_one_draws_and_sees_the_result(student: StudentModel, page: Path, tmp_path: Path):
     with browse(tmp_path) as driver:
         driver.get(page.as_uri())
         click = {e.get_attribute("id"): e.click for e in driver.find_elements("tag name", "button")}
@@ -327,7 +327,7 @@ def test_one_draws_and_sees_the_result(student: Student, page: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_pictures_come_in_and_go_out(student: Student, page: Path, drawings: Path, tmp_path: Path):
+def test_pictures_come_in_and_go_out(student: StudentModel, page: Path, drawings: Path, tmp_path: Path):
     with browse(tmp_path) as driver:
         driver.get(page.as_uri())
         settled(driver)
@@ -351,7 +351,7 @@ def test_pictures_come_in_and_go_out(student: Student, page: Path, drawings: Pat
 
 
 @pytest.mark.slow
-def test_on_a_phone_from_a_server(student: Student, page: Path, tmp_path: Path):
+def test_on_a_phone_from_a_server(student: StudentModel, page: Path, tmp_path: Path):
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=page.parent)
     handler.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

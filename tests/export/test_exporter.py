@@ -22,7 +22,7 @@ from ibmd_cli.export.config import FORMATS, ExportConfig
 from ibmd_cli.export.exporter import Exporter, Tolerance
 from ibmd_cli.export.load import load_exported, open_exported
 from ibmd_cli.models.folder import load_model
-from ibmd_cli.models.interface import describe
+from ibmd_cli.models.interface import describe_student
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -44,7 +44,7 @@ def test_file_agrees_and_carries_its_configuration(tmp_path: Path, dtype: str):
     student, again = load_model("builtin:outline2emoji", "student"), load_model(str(file), "student")
     assert again.config == student.config
     with safe_open(file, "pt") as tensors:
-        assert json.loads(tensors.metadata()["ibmd"])["readme"] == describe(student)
+        assert json.loads(tensors.metadata()["ibmd"])["readme"] == describe_student(student)
     assert {v.dtype for v in load_file(file).values()} == {
         getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype])
     }

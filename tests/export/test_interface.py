@@ -18,14 +18,14 @@ from ibmd_cli.export.onnx import DTYPES, OPSETS, make_graph, save_graph
 from ibmd_cli.models.card import student_card
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.interface import noise_shapes
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 
 IR_VERSIONS = {18: 8, 19: 9, 20: 9}
 """Of the ONNX releases that brought these opsets (its document on versioning): 1.13, 1.14, 1.15."""
 ALONE = "import sys; sys.modules |= {'ibmd_cli': None, 'torch': None}; exec(open('script.py').read())"
 
 
-def run_card(student: Student, folder: Path, seed: int, name: str) -> np.ndarray:
+def run_card(student: StudentModel, folder: Path, seed: int, name: str) -> np.ndarray:
     """Run the card's lines, with another seed and name, in an interpreter that knows neither ibmd nor PyTorch."""
     (script,) = re.findall(r"```python\n(import [^`]*onnxruntime.*?)```", student_card(student), re.DOTALL)
     picture = 'Image.open("SOURCE.png").convert("RGB"), "SOURCE.png", 0, 1'
@@ -37,7 +37,7 @@ def run_card(student: Student, folder: Path, seed: int, name: str) -> np.ndarray
     return np.asarray(Image.open(folder / "RESULT.png")).astype(int)
 
 
-def assert_card_makes_the_pictures_of_sample(student: Student, folder: Path) -> None:
+def assert_card_makes_the_pictures_of_sample(student: StudentModel, folder: Path) -> None:
     """For sources that are reduced, enlarged, and fit; but for a level where a pixel lies on the edge between two."""
     side = student.image_size // student.source_scale
     results = []

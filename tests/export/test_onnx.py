@@ -31,15 +31,15 @@ from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
 from ibmd_cli.method.numpy_noise import Normals
 from ibmd_cli.models.folder import load_model, save_model
-from ibmd_cli.models.interface import describe, describe_tensors, noise_shapes
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.interface import describe_student, describe_tensors, noise_shapes
+from ibmd_cli.models.model import StudentModel
 
 EVERY_KIND = pytest.mark.parametrize(
     "name", [name if name == "one step" else pytest.param(name, marks=pytest.mark.slow) for name in STUDENTS]
 )
 
 
-def assert_same_translations(student: Student, exported: ExportedStudent, tolerance: float, rng: str) -> None:
+def assert_same_translations(student: StudentModel, exported: ExportedStudent, tolerance: float, rng: str) -> None:
     """Compare on batches and sizes that were not traced, with the streams of `ibmd sample`."""
     side, classes, fill = student.image_size, student.config["classes"], (student.config["mask"] or {}).get("fill")
     step = student.predictor.backbone.size_multiple
@@ -68,7 +68,7 @@ def assert_same_translations(student: Student, exported: ExportedStudent, tolera
         assert np.abs(want).min() < 0.9, "not saturated, or nothing was compared"
 
 
-def blank_inputs(student: Student, count: int, height: int = 16, width: int = 16) -> dict[str, np.ndarray]:
+def blank_inputs(student: StudentModel, count: int, height: int = 16, width: int = 16) -> dict[str, np.ndarray]:
     """Zeros for everything that an exported student takes."""
     shapes = {"x_T": (3, height, width), **noise_shapes(student, (3, height, width))}
     if student.config["mask"]:
@@ -154,7 +154,7 @@ def test_onnx_of_every_kind(tmp_path: Path, tiny_config: dict, name: str):
     assert {o.domain for o in model.opset_import} == {""}
     texts = describe_tensors(student)
     assert {value.name: value.doc_string for value in (*model.graph.input, *model.graph.output)} == texts
-    assert model.doc_string == model.graph.doc_string == describe(student)
+    assert model.doc_string == model.graph.doc_string == describe_student(student)
     assert str(Path(__file__).parents[2]).encode() not in (tmp_path / "fp32.onnx").read_bytes()
     assert_damage_is_found(tmp_path / "int8.onnx")
 
@@ -173,7 +173,7 @@ def test_program_of_every_kind(tmp_path: Path, tiny_config: dict, name: str):
     assert_same_translations(student, exported, 1e-5, "own")
     texts = {"README.md": "", "size_multiple": ""}
     program = torch.export.load(tmp_path / "student.pt2", extra_files=texts)
-    assert texts["README.md"] == describe(student)
+    assert texts["README.md"] == describe_student(student)
     assert texts["size_multiple"] == str(student.predictor.backbone.size_multiple)
     with torch.no_grad():
         nothing = {name: torch.from_numpy(v) for name, v in blank_inputs(student, 0).items()}
@@ -374,11 +374,11 @@ def test_ibmd_sample_does_all_without_pytorch(tmp_path: Path, tiny_config: dict,
     # from Python
     x_T, mask = embedded_pairs().x_T[:3, :, :16, :16].float() / 127.5 - 1, torch.zeros(3, 1, 16, 16)
     mask[..., 4:12, 4:12] = 1
-    exported = ibmd_cli.Student.from_pretrained(str(tmp_path / "student.onnx"))
-    want, got = (one(x_T, mask=mask, label=3) for one in (ibmd_cli.Student(student), exported))
+    exported = ibmd_cli.StudentModel.from_pretrained(str(tmp_path / "student.onnx"))
+    want, got = (one(x_T, mask=mask, label=3) for one in (ibmd_cli.StudentModel(student), exported))
     assert (got - want).abs().max() < 2e-4
     with pytest.raises(UsageError, match="runs on the CPU"):
-        ibmd_cli.Student.from_pretrained(str(tmp_path / "student.onnx"), device="cuda")
+        ibmd_cli.StudentModel.from_pretrained(str(tmp_path / "student.onnx"), device="cuda")
 
 
 # ------------------------------------------------------------------------------------------------------ failures

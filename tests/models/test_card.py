@@ -18,7 +18,7 @@ from ibmd_cli.files import sha256
 from ibmd_cli.models.card import HUB_LICENCES, publish, published_files, read_results, student_card
 from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import load_model
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 from ibmd_cli.models.teachers import load_teacher
 from ibmd_cli.training.config import DistillConfig
 from ibmd_cli.training.new_student import new_student
@@ -27,14 +27,14 @@ BUILTIN = "builtin:outline2emoji"
 
 
 @pytest.fixture(scope="module")
-def student() -> Student:
+def student() -> StudentModel:
     model = load_model(BUILTIN, "student")
-    assert isinstance(model, Student)
+    assert isinstance(model, StudentModel)
     return model
 
 
 @pytest.fixture
-def results(student: Student, tmp_path: Path) -> Path:
+def results(student: StudentModel, tmp_path: Path) -> Path:
     """The `results.json` of an evaluation, with its grid."""
     score = {"value": 1.5, "low": 1.25, "high": 1.75}
     row = {"reference": "x", "samples": 4, "energy_score": score, "psnr": score, "ms_per_image": 2.5}
@@ -59,7 +59,7 @@ def results(student: Student, tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------- cards
 
 
-def test_the_hub_understands_the_card(student: Student):
+def test_the_hub_understands_the_card(student: StudentModel):
     card = ModelCard(student_card(student))
     assert card.data.license == "cc-by-sa-4.0"
     assert card.data.pipeline_tag == "image-to-image"
@@ -73,7 +73,7 @@ def test_the_hub_understands_the_card(student: Student):
 
 
 @pytest.mark.parametrize("alias", list(published()))
-def test_the_licence_of_a_published_teacher_follows_its_student(student: Student, alias: str):
+def test_the_licence_of_a_published_teacher_follows_its_student(student: StudentModel, alias: str):
     row = published()[alias]
     own = of_teacher(student, reference=f"hub:{alias}", licence=row["licence"])
     by_preset = of_teacher(student, reference="/home/me/latest.pt", licence=row["licence"], training={"preset": alias})
@@ -94,7 +94,7 @@ def test_the_licence_of_a_published_teacher_follows_its_student(student: Student
             assert "Ask the authors" in licence
 
 
-def test_a_licence_without_a_name_on_the_hub(student: Student):
+def test_a_licence_without_a_name_on_the_hub(student: StudentModel):
     card = ModelCard(student_card(of_teacher(student, reference="/home/me/own", licence="House Rules, 2nd ed.")))
     assert (card.data.license, card.data.license_name) == ("other", "house-rules-2nd-ed.")
     assert "That of its teacher: House Rules, 2nd ed." in card.text
@@ -102,7 +102,7 @@ def test_a_licence_without_a_name_on_the_hub(student: Student):
     assert all(name == name.lower() for name in HUB_LICENCES)
 
 
-def test_a_teacher_on_the_hub_is_the_base_model(student: Student):
+def test_a_teacher_on_the_hub_is_the_base_model(student: StudentModel):
     card = ModelCard(student_card(of_teacher(student, reference="hf://a/b@v1/x.pt", licence="MIT")))
     assert (card.data.base_model, card.data.license) == ("a/b", "mit")
 
@@ -116,7 +116,7 @@ def test_distillation_hands_the_licence_on(tiny_teacher: Path):
     assert ModelCard(student_card(new)).data.license == "cc-by-nc-sa-4.0"
 
 
-def test_what_a_student_takes_is_said(student: Student):
+def test_what_a_student_takes_is_said(student: StudentModel):
     plain = student_card(student)
     assert "--mask" not in plain
     assert "--label" not in plain
@@ -142,7 +142,7 @@ def test_what_a_student_takes_is_said(student: Student):
 # ----------------------------------------------------------------------------------------------------- figures
 
 
-def test_figures_stand_in_the_card_with_their_protocols(student: Student, results: Path):
+def test_figures_stand_in_the_card_with_their_protocols(student: StudentModel, results: Path):
     files = published_files(student, "hf://us/student", results)
     card = ModelCard(files["README.md"].decode())
     figures = {result.metric_type: result for result in card.data.eval_results}
@@ -163,7 +163,7 @@ def test_figures_stand_in_the_card_with_their_protocols(student: Student, result
     assert "grid.png" not in files["README.md"].decode()
 
 
-def test_figures_of_another_student_are_refused(student: Student, results: Path):
+def test_figures_of_another_student_are_refused(student: StudentModel, results: Path):
     content = json.loads(results.read_text())
     content["rows"] = content["rows"][1:]
     results.write_text(json.dumps(content))
@@ -193,7 +193,7 @@ def test_a_dry_run_tells_everything_and_sends_nothing(results: Path, monkeypatch
         publish(BUILTIN, "student", dry_run=True)
 
 
-def test_what_is_published_is_the_student(student: Student, tmp_path: Path):
+def test_what_is_published_is_the_student(student: StudentModel, tmp_path: Path):
     for path, content in published_files(student, "hf://us/student").items():
         (tmp_path / path).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     again = load_model(str(tmp_path), "student")
@@ -225,7 +225,7 @@ def test_a_student_goes_to_the_hub_and_back(drawings: Path, tmp_path: Path):
         assert run(sys.executable, "-m", "ibmd_cli", *command.split()[1:]) == "SOURCE.ibmd.png\n"
         python = card.split("```python\n")[1].split("```")[0]
         run(sys.executable, "-c", f"{python}\nresult.save('python.png')")
-    from ibmd_cli import Student as Translator
+    from ibmd_cli import StudentModel as Translator
 
     translate = Translator.from_pretrained(BUILTIN, device="cpu")
     with Image.open(source) as image:

@@ -13,7 +13,7 @@ from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge
 from ibmd_cli.method.distillation import Sources, translate
 from ibmd_cli.method.noise import stream
 from ibmd_cli.models.folder import builtin_names, load_model, save_model
-from ibmd_cli.models.model import Student, student_times
+from ibmd_cli.models.model import StudentModel, student_times
 
 
 def edit(folder: Path, **changes):
@@ -121,10 +121,10 @@ def test_embedded_assets_are_small_and_attributed():
 
 def test_student_of_four_steps_makes_fewer_calls_at_times_that_it_knows():
     student = load_model("builtin:outline2emoji", "student")
-    assert isinstance(student, Student)
+    assert isinstance(student, StudentModel)
     times = [1.0, 0.7, 0.4, 0.1]
     sampling = {**student.config["sampling"], "timesteps": times}
-    student = Student(student.predictor, {**student.config, "sampling": sampling})
+    student = StudentModel(student.predictor, {**student.config, "sampling": sampling})
     calls = {n: list(student.setup_for(n).timesteps) for n in (1, 2, 3, 4)}
     assert calls == {1: [1.0], 2: [1.0, 0.4], 3: [1.0, 0.7, 0.1], 4: times}
     x_T = torch.rand(1, 3, 32, 32)

@@ -10,7 +10,7 @@ from parity.teachers import BRIDGES, SHAPE, error, inputs, published
 
 from ibmd_cli.errors import UsageError
 from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge, expand_to
-from ibmd_cli.method.noise import draws, randn, stream
+from ibmd_cli.method.noise import noise_draws, randn, stream
 from ibmd_cli.models import samplers
 from ibmd_cli.models.samplers import SAMPLERS, network_calls, sample_teacher
 
@@ -30,7 +30,7 @@ def settings(key):
     number = {name: float(v) for name, v in re.findall(r"(churn|nfe|clip|order|eta|_n|_N)([\d.]*\d)", key)}
     if key.startswith("heun"):
         n, churn = int(number["_n"]), number["churn"]
-        return {"sampler": "heun", "churn": churn, "nfe": 3 * n - 1 if churn else 2 * n - 1}
+        return {"sampler": "ddbm", "churn": churn, "nfe": 3 * n - 1 if churn else 2 * n - 1}
     if key.startswith("ddpm"):
         return {"sampler": "i2sb", "nfe": int(number["nfe"]), "clip": bool(number["clip"])}
     options = {"order": int(number["order"])} if "order" in key else {"eta": number["eta"]}
@@ -298,7 +298,7 @@ def test_guidance_scales_the_pull_towards_the_source():
 
 RUNS = [  # bridge, arguments, draws needed, calls made
     (VP, {"sampler": "ddbm", "nfe": 119}, 40, 119),
-    (VP, {"sampler": "heun", "nfe": 118}, 40, 119),  # what the paper calls 118
+    (VP, {"sampler": "ddbm", "nfe": 118}, 40, 119),  # what the paper calls 118
     (VP, {"sampler": "ddbm", "nfe": 10}, 4, 11),
     (VP, {"sampler": "ddbm", "nfe": 1}, 1, 2),
     (VE, {"sampler": "ddbm", "nfe": 7, "churn": 0.0}, 0, 7),
@@ -352,14 +352,14 @@ def test_calls_and_draws(bridge, arguments, needed, calls):
 
 def test_draws():
     x = torch.zeros(2, 3, dtype=torch.float64)
-    assert torch.equal(torch.stack([*draws(None, x, 2)]), torch.stack([*draws(stream(0), x, 2)]))
-    one, two = draws([stream(1), stream(2)], x, 2)
+    assert torch.equal(torch.stack([*noise_draws(None, x, 2)]), torch.stack([*noise_draws(stream(0), x, 2)]))
+    one, two = noise_draws([stream(1), stream(2)], x, 2)
     rng = stream(2)
     assert torch.equal(torch.stack([one[1], two[1]]).float(), torch.stack([randn((3,), rng), randn((3,), rng)]))
     assert one.dtype == torch.float64
     with pytest.raises(ValueError, match=r"the shape \[1, 3\], expected \[2, 3\]"):
-        next(draws([stream(1)], x, 1))  # one stream for two images
-    assert list(draws([], x, 0)) == []
+        next(noise_draws([stream(1)], x, 1))  # one stream for two images
+    assert list(noise_draws([], x, 0)) == []
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -379,7 +379,7 @@ def test_any_shape(sampler, shape):
     x_0 = sample_teacher(teacher, x_T, sampler=sampler, nfe=5)
     assert x_0.shape == shape
     assert x_0.dtype == torch.float32
-    flat = draws(None, x_T, 5)
+    flat = noise_draws(None, x_T, 5)
     flat = [eps.reshape(-1, 1) for eps in flat]
     same = sample_teacher(teacher, x_T.reshape(-1, 1), sampler=sampler, nfe=5, noise=flat)
     torch.testing.assert_close(x_0.reshape(-1, 1), same, rtol=0, atol=0)
@@ -419,7 +419,7 @@ def test_i2sb_mask(bridge):
     x_0 = sample_teacher(teacher, x_T, sampler="i2sb", nfe=6, mask=mask)
     other = sample_teacher(teacher, torch.where(hole, 9.0, x_T), sampler="i2sb", nfe=6, mask=mask)
     assert torch.equal(x_0, other)  # what fills the hole is not read
-    eps = next(draws(None, x_T, 1))
+    eps = next(noise_draws(None, x_T, 1))
     assert torch.equal(teacher.states[0][1], torch.where(hole, eps, x_T))
     for n, x_n in teacher.states[1:6]:
         known = (x_n - x_T)[~hole]
@@ -474,10 +474,10 @@ def test_clamps_are_the_published_ones():
 @pytest.mark.parametrize(
     ("bridge", "arguments", "message"),
     [
-        (VP, {"sampler": "euler"}, "sampler 'euler': expected ddbm, dbim, i2sb, heun"),
+        (VP, {"sampler": "euler"}, "sampler 'euler': expected ddbm, dbim, i2sb"),
         (VP, {"sampler": "i2sb"}, "not defined for a teacher of kind vp: expected ddbm, dbim"),
         (DBIM, {"sampler": "i2sb"}, "not defined for a teacher of kind dbim: expected ddbm, dbim"),
-        (SDE, {"sampler": "heun"}, "sampler heun: not defined for a teacher of kind i2sb: expected i2sb"),
+        (SDE, {"sampler": "ddbm"}, "sampler ddbm: not defined for a teacher of kind i2sb: expected i2sb"),
         (SDE, {"sampler": "dbim"}, "not defined for a teacher of kind i2sb: expected i2sb"),
         (VP, {"sampler": "dbim", "churn": 0.3}, "sampler dbim has no option 'churn': expected eta, order"),
         (SDE, {"sampler": "i2sb", "eta": 1.0}, "sampler i2sb has no option 'eta': expected clip"),

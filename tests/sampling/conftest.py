@@ -13,7 +13,7 @@ import pytest
 from ibmd_cli.cli import main
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.folder import load_student, save_model
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.sampling import engine
 
@@ -39,14 +39,14 @@ _cached = cache(load_student)
 def _one_model(monkeypatch):
     """Load the embedded model once: much of the time of these tests would be spent there."""
 
-    def load(reference: str) -> Student:
+    def load(reference: str) -> StudentModel:
         return _cached(reference) if reference.startswith("builtin:") else load_student(reference)
 
     monkeypatch.setattr(engine, "load_student", load)
 
 
 @pytest.fixture
-def embedded() -> Student:
+def embedded() -> StudentModel:
     """The embedded student that `sample` uses."""
     return _cached("builtin:outline2emoji")
 
@@ -85,5 +85,5 @@ def student(tmp_path, tiny_config) -> Path:
     predictor = make_predictor(config).eval()
     for name, p in predictor.named_parameters():
         p.data = 0.2 * randn(p.shape, stream(0, name))
-    save_model(Student(predictor, config), tmp_path / "student")
+    save_model(StudentModel(predictor, config), tmp_path / "student")
     return tmp_path / "student"

@@ -27,8 +27,8 @@ from ibmd_cli.files import atomic_file, sha256
 from ibmd_cli.images.decode import read_picture
 from ibmd_cli.images.find import find_images
 from ibmd_cli.method.noise import randn, stream
-from ibmd_cli.models.folder import load_student, resolve, save_model
-from ibmd_cli.models.model import Teacher
+from ibmd_cli.models.folder import find_model, load_student, save_model
+from ibmd_cli.models.model import TeacherModel
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.sampling import engine, pipeline, results
@@ -178,7 +178,7 @@ def test_json(sample, drawings):
         "variant": 1,
         "name": "drawing-0.png",
         "model": "builtin:outline2emoji",
-        "model_sha256": sha256(resolve("builtin:outline2emoji", "student") / "model.safetensors"),
+        "model_sha256": sha256(find_model("builtin:outline2emoji", "student") / "model.safetensors"),
         "version": __version__,
         "unlike": None,
         "error": None,
@@ -768,7 +768,7 @@ def teacher_with(tmp_path: Path, tiny_config: dict, **changes: object) -> Path:
     predictor = make_predictor(tiny_config | changes).eval()
     for name, p in predictor.named_parameters():
         p.data = 0.2 * randn(p.shape, stream(0, name))
-    save_model(Teacher(predictor, tiny_config | changes), tmp_path / "teacher")
+    save_model(TeacherModel(predictor, tiny_config | changes), tmp_path / "teacher")
     return tmp_path / "teacher"
 
 
@@ -1140,4 +1140,4 @@ def test_help_is_in_groups(sample):
 
 
 def test_embedded_student_is_there():
-    assert (resolve("builtin:outline2emoji", "student") / "model.safetensors").is_file()
+    assert (find_model("builtin:outline2emoji", "student") / "model.safetensors").is_file()

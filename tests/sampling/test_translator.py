@@ -16,7 +16,7 @@ from ibmd_cli.images.fit import to_image, to_tensor, to_uint8
 from ibmd_cli.images.tiles import Tiles, starts
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.folder import load_model, save_model
-from ibmd_cli.models.model import Student, Teacher
+from ibmd_cli.models.model import StudentModel, TeacherModel
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.sampling.engine import TorchEngine
 from ibmd_cli.sampling.plan import Job
@@ -33,18 +33,18 @@ def noisy(*size: int) -> Image.Image:
 def make(tiny_config):
     """Build a teacher of 16×16 pixels with random weights, from changes to its configuration."""
 
-    def build(**changes: object) -> Teacher:
+    def build(**changes: object) -> TeacherModel:
         config = json.loads(json.dumps(tiny_config | changes))
         predictor = make_predictor(config).eval().requires_grad_(False)
         for name, p in predictor.named_parameters():
             draw = randn(p.shape, stream(0, name))
             p.copy_(1 + 0.1 * draw if p.ndim == 1 and name.endswith("weight") else 0.1 * draw)
-        return Teacher(predictor, config)
+        return TeacherModel(predictor, config)
 
     return build
 
 
-def translator_of(model: Student | Teacher, nfe: int | None = None, **options: object) -> Translator:
+def translator_of(model: StudentModel | TeacherModel, nfe: int | None = None, **options: object) -> Translator:
     return Translator(TorchEngine(model, nfe), **options)
 
 
@@ -99,13 +99,13 @@ def test_tiled_images_keep_their_size(make, size, restore):
 
 
 @pytest.fixture
-def models(tiny_config) -> dict[int, Teacher]:
+def models(tiny_config) -> dict[int, TeacherModel]:
     """Teachers of 16×16 pixels, of one scale and of four, that leave sources as they are."""
     image = {"size": 16, "channels": 3, "range": [-1, 1]}
     made = {}
     for scale in (1, 4):
         config = json.loads(json.dumps(tiny_config | {"image": image | {"source_scale": scale}}))
-        made[scale] = Teacher(make_predictor(config).eval().requires_grad_(False), config)
+        made[scale] = TeacherModel(make_predictor(config).eval().requires_grad_(False), config)
         made[scale].predictor.forward = lambda x_t, t, x_T, label=None: x_T
     return made
 
@@ -270,7 +270,7 @@ def test_scarce_memory_halves_the_batch(make, monkeypatch):
 
 @pytest.fixture(scope="module")
 def student() -> "ibmd_cli.Student":
-    return ibmd_cli.Student.from_pretrained("builtin:outline2emoji", device="cpu")
+    return ibmd_cli.StudentModel.from_pretrained("builtin:outline2emoji", device="cpu")
 
 
 def test_pillow_images(student, drawings):
@@ -353,8 +353,8 @@ def test_inpainting_student_from_python(make, tmp_path, tiny_config):
             "timesteps": [1.0], "noise": {"channels": 0, "grid": 0}, "rollout": "chain", "transition": "marginal",
         },
     }  # fmt: skip
-    save_model(Student(make().predictor, config), tmp_path / "filler")
-    student = ibmd_cli.Student.from_pretrained(str(tmp_path / "filler"), device="cpu")
+    save_model(StudentModel(make().predictor, config), tmp_path / "filler")
+    student = ibmd_cli.StudentModel.from_pretrained(str(tmp_path / "filler"), device="cpu")
     x, mask = to_tensor(noisy(16, 16))[None], torch.zeros(1, 1, 16, 16)
     mask[..., 4:9] = 1
     x_0 = student(x, mask=mask)
@@ -370,10 +370,10 @@ def test_import_stays_light():
 
     code = "import sys, ibmd_cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert not hasattr(ibmd_cli, "Teacher")
+    assert not hasattr(ibmd_cli, "TeacherModel")
 
 
 def test_only_students(tiny_teacher):
     with pytest.raises(IbmdError, match="where a student is needed"):
-        ibmd_cli.Student.from_pretrained(str(tiny_teacher))
-    assert isinstance(load_model(str(tiny_teacher)), Teacher)
+        ibmd_cli.StudentModel.from_pretrained(str(tiny_teacher))
+    assert isinstance(load_model(str(tiny_teacher)), TeacherModel)

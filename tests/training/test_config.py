@@ -7,7 +7,7 @@ import pytest
 
 from ibmd_cli.errors import UsageError
 from ibmd_cli.models.catalogue import published
-from ibmd_cli.training.config import DistillConfig, differences, load_presets, resolve, to_json
+from ibmd_cli.training.config import DistillConfig, changed_settings, load_presets, resolve, to_json
 
 
 def test_precedence_and_origins(tmp_path: Path):
@@ -127,4 +127,4 @@ def test_json_round_trip(tmp_path: Path):
 def test_differences_name_what_changed_but_not_what_may():
     config, _ = resolve({"lr": 1e-4, "keep": 3, "recompute": True}, {}, None)
     other, _ = resolve({"lr": 2e-4, "keep": 4, "recompute": False}, {}, None)
-    assert differences(config, to_json(other)) == ["lr: 0.0002 there, 0.0001 here"]
+    assert changed_settings(config, to_json(other)) == ["lr: 0.0002 there, 0.0001 here"]

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.models.folder import load_model
-from ibmd_cli.training.optimise import HALVINGS, PATIENCE, Diverged, Player, Schedule
+from ibmd_cli.training.optimise import FP16_PATIENCE, PATIENCE, Diverged, Player, Schedule
 
 
 @pytest.fixture
@@ -274,14 +274,14 @@ def test_scaler_of_fp16_finds_its_scale():
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # which needs a GPU otherwise
     before = player.network.weight.clone()
     huge = squares(player, 2.0**8, torch.float16)  # which ends at 2^16
-    for step in range(PATIENCE + HALVINGS):
+    for step in range(PATIENCE + FP16_PATIENCE):
         player.update(step, huge)
         assert torch.equal(player.network.weight, before) == (player.in_a_row > 0)
-    assert PATIENCE < player.skipped < HALVINGS
+    assert PATIENCE < player.skipped < FP16_PATIENCE
     assert accelerator.scaler.get_scale() == 2.0 ** (16 - player.skipped)
-    for step in range(PATIENCE + HALVINGS - 1):
+    for step in range(PATIENCE + FP16_PATIENCE - 1):
         player.update(step, squares(player, torch.nan))
-    with pytest.raises(Diverged, match=f"not finite {PATIENCE + HALVINGS} times"):
+    with pytest.raises(Diverged, match=f"not finite {PATIENCE + FP16_PATIENCE} times"):
         player.update(0, squares(player, torch.nan))
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -24,7 +24,7 @@ from distilling import distill, interrupt, log, poison, same, weights
 
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.models.folder import load_model
-from ibmd_cli.models.model import Student
+from ibmd_cli.models.model import StudentModel
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training import run_folder
 from ibmd_cli.training.log import read_log
@@ -421,7 +421,7 @@ def test_skipped_steps_are_counted_and_resumed_exactly(
 
 def test_scaler_of_fp16_is_in_the_checkpoint(whole: Path, tmp_path: Path):
     student = load_model(str(whole), "student")
-    assert isinstance(student, Student)
+    assert isinstance(student, StudentModel)
     player = Player("student", student.predictor, Accelerator(cpu=True), Schedule(0.1), steps=4, seed=0)
     saved, loaded = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (2.0**5, 2.0**16))
     Run(tmp_path / "run", {"student": player}, student, 2, saved).save(Position(1))
