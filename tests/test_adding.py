@@ -19,7 +19,7 @@ from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.method.bridges import BRIDGES, VEBridge, make_bridge
 from ibmd_cli.metrics.scores import METRICS, Metric
 from ibmd_cli.models.folder import load_student, save_model
-from ibmd_cli.models.model import Teacher
+from ibmd_cli.models.model import TeacherModel
 from ibmd_cli.models.teachers import load_teacher
 from ibmd_cli.networks.predictor import make_predictor
 
@@ -117,7 +117,7 @@ def test_bridge_is_one_class(tiny_config: dict, drawings: Path, tmp_path: Path, 
     assert bridge.to_dict()["kind"] == "slow-end"
     config = {**tiny_config, "bridge": bridge.to_dict()}
     torch.manual_seed(0)
-    save_model(Teacher(make_predictor(config).eval(), config), tmp_path / "teacher")
+    save_model(TeacherModel(make_predictor(config).eval(), config), tmp_path / "teacher")
     assert isinstance(load_teacher(str(tmp_path / "teacher")).bridge, SlowEnd)
     run = tmp_path / "run"
     assert distill("--teacher", tmp_path / "teacher", "--data", drawings, "--out", run, *SMALL).exit_code == 0
