@@ -34,6 +34,8 @@ def main() -> None:
         other = process.connected and process.rank > 0
         message = f"process {process.rank + 1} of {process.count}: {error}" if other else str(error)
         _fail(reporter, message, error.exit_code, told=other and isinstance(error, UsageError))
+    except KeyboardInterrupt:  # before a command is entered
+        sys.exit(130)
     except MemoryError:
         _fail(reporter, "out of memory: lower --batch-size or --micro-batch", 5)
     except BrokenPipeError:

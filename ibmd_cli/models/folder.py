@@ -6,7 +6,8 @@ A reference is `builtin:NAME`, `hf://OWNER/REPO`, or the path of a model folder 
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ibmd_cli import __version__, hub
-from ibmd_cli.errors import IbmdError, NotAvailable, nearest
+from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.files import assets, atomic_folder, read_json
 from ibmd_cli.models import FORMAT_VERSION
 from ibmd_cli.models.model import PRECISIONS, Model, StudentModel, TeacherModel
@@ -90,24 +91,64 @@ def load_model(reference: str, kind: str | None = None) -> TeacherModel | Studen
 
 
 def load_student(reference: str) -> StudentModel:
-    """Load a student; errors as of `load_model`. A teacher is loaded by `teachers.load_teacher`."""
+    """Load a student; errors as of `load_model`."""
     return load_folder(find_model(reference, "student"), reference, StudentModel)
 
 
 def load_folder(path: Path, reference: str, kind: type[M]) -> M:
     """Load a model of a known kind from its folder, or safetensors file, that a reference named."""
+    config, predictor = check_folder(path, reference, kind.kind)
+    file = _weights_of(path)
+    state = predictor.state_dict()
+    for key, v in state.items():
+        state[key] = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype)  # channels-last, as the network is
+        # Opened anew for each: what was read through a mapping stays in memory until the file is closed.
+        with open_weights(file) as tensors:
+            state[key].copy_(tensors.get_tensor(key))
+    predictor.load_state_dict(state, assign=True)
+    return kind(predictor.eval(), config, file)
+
+
+def check_folder(path: Path, reference: str, kind: str) -> tuple[dict[str, Any], Predictor]:
+    """Return the configuration of a model folder and its predictor, on the meta device, after a check of the weights.
+
+    Raises:
+        IbmdError: the folder is of the other kind, does not describe a model, or holds the weights of another one.
+    """
     config = read_config(path)
-    if config["format"] != f"ibmd-{kind.kind}":
-        raise other_kind(reference, config, kind.kind)
+    if config["format"] != f"ibmd-{kind}":
+        raise other_kind(reference, config, kind)
     try:
         with torch.device("meta"):  # no weights yet: they are in the file
             predictor = make_predictor(config)
         _check(config, predictor)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise IbmdError(f"{path}: config.json does not describe a model ({type(error).__name__}: {error})") from error
-    file = path if path.is_file() else path / "model.safetensors"
-    load_weights(predictor, file)
-    return kind(predictor.eval(), config, file)
+    with open_weights(_weights_of(path)) as tensors:
+        have = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    if wrong := misfits(have, {key: tuple(v.shape) for key, v in predictor.state_dict().items()}):
+        raise IbmdError(f"{_weights_of(path)}: tensors do not fit config.json: {wrong}")
+    return config, predictor
+
+
+def _weights_of(path: Path) -> Path:
+    return path if path.is_file() else path / "model.safetensors"
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """Open a safetensors file.
+
+    Raises:
+        IbmdError: it cannot be read.
+    """
+    try:
+        file.open("rb").close()  # safetensors says of a file that may not be read that there is none
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise IbmdError(f"{file}: cannot be read as safetensors ({reason})") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -164,28 +205,6 @@ def _check(config: dict[str, Any], predictor: Predictor) -> None:
         check_sampler(settings.pop("sampler"), settings.pop("nfe"), settings, predictor.bridge)
 
 
-def load_weights(predictor: Predictor, file: Path) -> None:
-    """Give memory to `predictor`, which is on the meta device, and fill it from a safetensors file.
-
-    Raises:
-        IbmdError: a tensor is missing, extra or misshapen, or the file cannot be read.
-    """
-    state = predictor.state_dict()
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            have = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-        if wrong := misfits(have, {key: tuple(v.shape) for key, v in state.items()}):
-            raise IbmdError(f"{file}: tensors do not fit config.json: {wrong}")
-        for key, v in state.items():
-            state[key] = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype)  # channels-last, as the network is
-            # Opened anew for each: what was read through a mapping stays in memory until the file is closed.
-            with safe_open(file, framework="pt") as tensors:
-                state[key].copy_(tensors.get_tensor(key))
-        predictor.load_state_dict(state, assign=True)
-    except (OSError, SafetensorError) as error:
-        raise IbmdError(f"{file}: cannot be read as safetensors ({error})") from error
-
-
 def misfits(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> str:
     """List the tensors that are missing, extra or misshapen: the first five, and how many more. "" if none is."""
     wrong = [f"{key} (missing)" for key in want if key not in have]
@@ -204,11 +223,8 @@ def read_file_config(file: Path) -> dict[str, Any]:
     Raises:
         IbmdError: the file cannot be read as safetensors.
     """
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return dict(json.loads((tensors.metadata() or {}).get("ibmd", "{}")))
-    except (OSError, SafetensorError) as error:
-        raise IbmdError(f"{file}: cannot be read as safetensors ({error})") from error
+    with open_weights(file) as tensors:
+        return dict(json.loads((tensors.metadata() or {}).get("ibmd", "{}")))
 
 
 def builtin_names() -> Iterator[str]:
@@ -222,7 +238,7 @@ def list_builtin() -> list[dict[str, Any]]:
     for name in builtin_names():
         folder = assets() / name / "teacher"
         config = read_json(folder / "config.json")
-        with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        with open_weights(folder / "model.safetensors") as tensors:
             shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
         rows.append(
             {
@@ -247,6 +263,17 @@ def list_builtin() -> list[dict[str, Any]]:
 def is_model(path: Path) -> bool:
     """Tell whether a path is a model folder of ibmd."""
     return (path / "config.json").is_file() and (path / "model.safetensors").is_file()
+
+
+def refuse_models(references: Iterable[str]) -> None:
+    """Refuse, as data, the folders of runs and models: the previews of a run are pictures, too.
+
+    Raises:
+        UsageError: one is named.
+    """
+    for reference in references:
+        if reference and (is_run(Path(reference)) or is_model(Path(reference))):
+            raise UsageError(f"--data {reference}: the folder of a run or a model: expected one of images")
 
 
 def is_run(path: Path) -> bool:

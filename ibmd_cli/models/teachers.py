@@ -17,6 +17,7 @@ from ibmd_cli.files import read_json
 from ibmd_cli.models import FORMAT_VERSION, catalogue
 from ibmd_cli.models.catalogue import missing_files, published
 from ibmd_cli.models.folder import (
+    check_folder,
     find_model,
     is_model,
     is_run,
@@ -91,8 +92,8 @@ def look_up_teacher(ref: TeacherRef) -> tuple[dict[str, Any], list[dict[str, Any
         network |= {key: row[key] for key in ("attention_order", "head_channels")}
         return {**row, "network": network, "noise_channels": 0}, missing
     path, ref = _locate(ref, quiet=True)
-    if config := _own_config(path, ref):
-        return config, []
+    if _own_config(path, ref):
+        return check_folder(path, ref.reference, "teacher")[0], []
     checkpoint = read_checkpoint(path)
     return describe_checkpoint(checkpoint, _row(checkpoint, ref), ref.head_channels, ref.attention_order), []
 
@@ -108,6 +109,8 @@ def recognise_file(reference: str) -> str | None:
 def _locate(ref: TeacherRef, quiet: bool) -> tuple[Path, TeacherRef]:
     """Return the folder or file that is meant, fetched if need be, and the reference with the preset it implies."""
     reference, preset = ref.reference, ref.preset
+    if not reference.strip():
+        raise UsageError("--teacher: nothing is named: expected a reference or the path of a folder or file")
     if preset and preset not in published():
         raise UsageError(f"--preset {preset}: no such published teacher: {nearest(preset, published())}")
     if reference.startswith("hub:"):

@@ -29,6 +29,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import read_json
 from ibmd_cli.method.distillation import Iterations, Sources, Step, generate, ibmd
 from ibmd_cli.method.noise import Streams
+from ibmd_cli.models.folder import refuse_models
 from ibmd_cli.models.model import StudentModel, TeacherModel, make_setup
 from ibmd_cli.models.teachers import TeacherRef, load_teacher
 from ibmd_cli.networks.predictor import Predictor
@@ -78,6 +79,7 @@ def distill(
             "accelerate launch; or unset RANK and WORLD_SIZE"
         )
     if process.rank == 0:
+        refuse_models(config.data)
         check_run(out, config, resume)
     accelerator = _accelerator(config, out, device)
     _check_processes(config, accelerator.num_processes)

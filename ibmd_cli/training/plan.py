@@ -16,6 +16,7 @@ from ibmd_cli.devices import free_memory
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_gradient
 from ibmd_cli.method.noise import BatchStreams
+from ibmd_cli.models.folder import refuse_models
 from ibmd_cli.models.model import make_setup, student_times
 from ibmd_cli.models.teachers import TeacherRef, look_up_teacher
 from ibmd_cli.networks.predictor import make_predictor
@@ -44,6 +45,7 @@ def plan(config: DistillConfig, out: Path, processes: int, device: torch.device)
     size = teacher["image_size"] if "image_size" in teacher else teacher["image"]["size"]
     degradation, data, sizes = "" if config.degrade == "none" else config.degrade, list[str](), list[str]()
     if config.data:
+        refuse_models(config.data)
         check_sources(config.data, teacher, degradation, Reporter(quiet=True), config.layout, config.labels)
         data = look_up_data(config.data, teacher, degradation, config.layout, config.labels)
         local = [one for one in config.data if not one.startswith(("dataset:", "hf:"))]

@@ -1,6 +1,10 @@
 """Model folders: round trips, and refusals that name what is wrong."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,9 @@ from ibmd_cli.files import assets
 from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge
 from ibmd_cli.method.distillation import Sources, translate
 from ibmd_cli.method.noise import stream
-from ibmd_cli.models.folder import builtin_names, load_model, save_model
+from ibmd_cli.models.folder import builtin_names, load_model, refuse_models, save_model
 from ibmd_cli.models.model import StudentModel, student_times
+from ibmd_cli.models.teachers import TeacherRef, load_teacher, look_up_teacher
 
 
 def edit(folder: Path, **changes):
@@ -71,21 +76,73 @@ def test_tensors_that_do_not_fit_are_listed(tiny_teacher: Path, change, message:
         load_model(str(tiny_teacher))
 
 
-def test_truncated_weights_and_bad_json_are_named(tiny_teacher: Path):
-    file = tiny_teacher / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(IbmdError, match="cannot be read as safetensors"):
-        load_model(str(tiny_teacher))
-    (tiny_teacher / "config.json").write_text("{")
-    with pytest.raises(IbmdError, match="cannot be read as JSON"):
-        load_model(str(tiny_teacher))
+def config_of(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, **changes)
 
 
-@pytest.mark.parametrize("change", [{"format_version": None}, {"network": {}}, {"bridge": {"kind": "no"}}])
-def test_config_that_describes_no_model(tiny_teacher: Path, change: dict):
-    edit(tiny_teacher, **change)
-    with pytest.raises(IbmdError, match=r"format_version None|does not describe a model"):
-        load_model(str(tiny_teacher))
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated weights": (lambda t: os.truncate(t / "model.safetensors", 1000), "cannot be read as safetensors"),
+    "weights without content": (lambda t: os.truncate(t / "model.safetensors", 0), "cannot be read as safetensors"),
+    "cut JSON": (lambda t: (t / "config.json").write_text("{"), "cannot be read as JSON"),
+    "bytes that are no text": (lambda t: (t / "config.json").write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
+    "another JSON": (lambda t: (t / "config.json").write_text("[1]"), "expected a JSON object"),
+    "another library's": (lambda t: (t / "config.json").write_text('{"_class_name": "UNet"}'), "not a model of ibmd"),
+    "no version": (config_of(format_version=None), "format_version None"),
+    "empty network": (config_of(network={}), "does not describe a model"),
+    "network of another type": (config_of(network=[1]), "does not describe a model"),
+    "unknown bridge": (config_of(bridge={"kind": "no"}), "does not describe a model"),
+    "no image": (config_of(image=None), "does not describe a model"),
+    "size that is no number": (config_of(image={"size": "big", "channels": 3}), "does not describe a model"),
+    "no sampling": (config_of(sampling=None), "does not describe a model"),
+    "empty sampling": (config_of(sampling={}), "does not describe a model"),
+    "unknown sampler": (config_of(sampling={"sampler": "heun", "nfe": 3}), "sampler 'heun': expected ddbm"),
+    "weights of another network": (
+        lambda t: save_file({"a": torch.zeros(1)}, t / "model.safetensors"),
+        "tensors do not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_teacher_is_named_when_loaded_and_when_planned(tiny_teacher: Path, damage: str):
+    change, message = DAMAGES[damage]
+    change(tiny_teacher)
+    for use in (load_model, load_teacher, lambda reference: look_up_teacher(TeacherRef(reference))):
+        with pytest.raises(IbmdError, match=message):
+            use(str(tiny_teacher))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_file_that_may_not_be_read_is_named_with_its_reason(tiny_teacher: Path, file: str):
+    (tiny_teacher / file).chmod(0)
+    script = (
+        "import os, sys; from ibmd_cli.models.teachers import *; import ibmd_cli.networks.unet\n"
+        "if os.getuid() == 0: os.setuid(1000)\n"
+        "try: look_up_teacher(TeacherRef(sys.argv[1]))\n"
+        "except Exception as error: print(error)"
+    )
+    for folder in list(tiny_teacher.parents)[:-1]:
+        if folder.owner() == "root" and folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o555)
+    message = subprocess.run(
+        [sys.executable, "-c", script, tiny_teacher], capture_output=True, text=True, encoding="utf-8", check=True
+    ).stdout
+    assert str(tiny_teacher / file) in message
+    assert "Permission denied" in message
+
+
+@pytest.mark.parametrize("reference", ["", " "])
+def test_teacher_without_a_name_is_refused(reference: str):
+    with pytest.raises(UsageError, match="nothing is named"):
+        load_teacher(reference)
+
+
+def test_folders_of_runs_and_models_are_no_data(tiny_teacher: Path, drawings: Path):
+    run = Path(__file__).parent.parent / "written_by_0.1" / "finished"
+    for folder in (run, run / "student", tiny_teacher):
+        with pytest.raises(UsageError, match="--data .*: the folder of a run or a model: expected one of images"):
+            refuse_models([str(drawings), str(folder)])
+    refuse_models([str(drawings), "builtin:outline2emoji", "dataset:diode", ""])
 
 
 def test_unknown_reference_names_the_nearest():
