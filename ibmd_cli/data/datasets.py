@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from ibmd_cli.data.embedded import embedded_pairs, embedded_sources
 from ibmd_cli.data.preprocessing import Preprocessing, read_normals
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.files import why
-from ibmd_cli.images.decode import decode, read_image, shown
+from ibmd_cli.images.decode import Picture, decode, read_picture, shown
+from ibmd_cli.reporting import Reporter, counted
 
 SOURCE, TARGET = SIDES = ("source", "target")
 """The two pictures of a pair, and the folders that hold them."""
+Notes = dict[int, dict[str, str]]
+"""Item → kinds of what is to be said of how it was read, each with the name of the picture."""
 
 
 class DataSet:
@@ -32,13 +36,14 @@ class DataSet:
 
     Attributes:
         digest: changes with the pictures that are read, as far as their names and sizes tell.
+        notes: of the items that were read.
     """
 
     digest: str
     passed = ""
 
     def __init__(self, name: str, preprocess: Mapping[str, Preprocessing], labels: Sequence[int] = ()) -> None:
-        self.name, self.preprocess, self.labels = name, preprocess, labels
+        self.name, self.preprocess, self.labels, self.notes = name, preprocess, labels, Notes()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -59,6 +64,12 @@ class DataSet:
             IbmdError: it cannot be read.
         """
         raise NotImplementedError
+
+    def noted(self, row: int, picture: Picture, name: str) -> Image.Image:
+        """Keep what is to be said of a picture, and return its colours."""
+        for note in picture.notes:
+            self.notes.setdefault(row, {})[note] = name
+        return picture.rgb
 
     def read(self, row: int, *sides: str) -> Tensor:
         """Return the pixels of an item, uint8 (3 · S, size, size), of S sides; of `base` if none is named.
@@ -160,7 +171,7 @@ class Files(DataSet):
         path = self._path(row, side)
         if path.suffix == ".npy":
             return read_normals(path, shown(path), self.preprocess[side].size), shown(path)
-        return read_image(path), shown(path)
+        return self.noted(row, read_picture(path), shown(path)), shown(path)
 
     def _path(self, row: int, side: str) -> Path:
         return Path(os.fsdecode(bytes(self.paths[side][row])))
@@ -207,10 +218,22 @@ class Rows(DataSet):
         if len(set(self.columns.values())) > 1:
             name += f" {column}"
         if cell.get("bytes"):
-            return decode(io.BytesIO(cell["bytes"]), name).rgb, name
+            return self.noted(row, decode(io.BytesIO(cell["bytes"]), name), name), name
         if cell.get("path"):
-            return read_image(Path(cell["path"])), name
+            return self.noted(row, read_picture(Path(cell["path"])), name), name
         raise IbmdError(f"{name}: no image in it")
+
+
+def tell_notes(notes: Notes, told: Mapping[str, int], reporter: Reporter) -> dict[str, int]:
+    """Say of how many pictures each kind of note is, unless `told` has the same number; return the numbers."""
+    names = defaultdict[str, list[str]](list)
+    for kind, name in (note for row in sorted(notes) for note in notes[row].items()):
+        names[kind].append(name)
+    for kind, of in names.items():
+        if told.get(kind) != len(of):
+            more = f" and {counted(len(of) - 1, 'other')}" if len(of) > 1 else ""
+            reporter.note(f"--data: {of[0]}{more}: {kind}")
+    return {kind: len(of) for kind, of in names.items()}
 
 
 def within(file: Path, root: Path) -> str:

@@ -21,7 +21,7 @@ from ibmd_cli.data.labels import check_classes, folder_classes, label_of, read_l
 from ibmd_cli.data.preprocessing import Preprocessing
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.images.decode import shown
-from ibmd_cli.images.find import find_images, named_path, passed_over
+from ibmd_cli.images.find import find_images, named_data, passed_over
 from ibmd_cli.reporting import Reporter
 
 HF_DATA = re.compile(r"hf://datasets/(?P<repo>[^\s/@]+/[^\s/@#]+)(@(?P<revision>[^\s/#]+))?(/(?P<split>[^\s/#]+))?"
@@ -68,10 +68,7 @@ def _check_reference(reference: str, degradation: str) -> None:
     if kind == "hf":
         parse_hf_data(reference)
     elif kind not in ("builtin", "dataset") and not Path(reference).exists():
-        try:
-            named_path(reference)
-        except IbmdError as error:
-            raise UsageError(f"--data {error}") from error
+        named_data(reference)
         raise NotAvailable(f"--data {reference}: no such folder")
     if degradation and has_sources(reference):
         raise UsageError(f"--degrade {degradation}: --data {reference} are sources already: --degrade none keeps them")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet, Embedded
+from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet, Embedded, Notes, tell_notes
 from ibmd_cli.data.degradations import degrade, draw_masks, fill_hole, is_slow
 from ibmd_cli.data.references import check_sources, describe, open_data, side_by_side
 from ibmd_cli.errors import IbmdError
@@ -43,12 +43,14 @@ class Loaded(NamedTuple):
         rows: the rows that are here: others in place of those that cannot be read.
         pixels: uint8 (len(rows), 3 · S, H, W), of S sides.
         broken: row → why it cannot be read.
+        notes: row → what is to be said of it.
     """
 
     asked: list[int]
     rows: list[int]
     pixels: Tensor
     broken: dict[int, str]
+    notes: Notes
 
 
 class Reader(Dataset[Loaded]):
@@ -66,25 +68,29 @@ class Reader(Dataset[Loaded]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def read(self, row: int) -> Tensor:
-        """Return the pixels of one item, or raise the IbmdError of `DataSet.read`."""
-        part = next(i for i, end in enumerate(self.ends) if row < end)
-        return self.parts[part].read(row - self.ends[part] + len(self.parts[part]), *self.sides)
+    def read(self, row: int) -> tuple[Tensor, Notes]:
+        """Return the pixels of one item, and what is to be said of it, or raise the IbmdError of `DataSet.read`."""
+        part, end = next((part, end) for part, end in zip(self.parts, self.ends, strict=True) if row < end)
+        own = row - end + len(part)
+        pixels = part.read(own, *self.sides)
+        return pixels, {row: part.notes[own]} if own in part.notes else {}
 
     def __getitem__(self, asked: list[int]) -> Loaded:
         """Read a batch; it is shorter than asked if `ATTEMPTS` images in a row cannot be read."""
-        rows, pixels, broken = list[int](), list[Tensor](), dict[int, str]()
+        rows, pixels, broken, notes = list[int](), list[Tensor](), dict[int, str](), Notes()
         for row in asked:
             for attempt in range(ATTEMPTS):
                 other = (row + attempt) % len(self)
                 try:
-                    pixels.append(self.read(other))
+                    read, said = self.read(other)
                 except IbmdError as error:
                     broken[other] = str(error)
                 else:
                     rows.append(other)
+                    pixels.append(read)
+                    notes |= said
                     break
-        return Loaded(asked, rows, torch.stack(pixels) if pixels else torch.empty(0), broken)
+        return Loaded(asked, rows, torch.stack(pixels) if pixels else torch.empty(0), broken, notes)
 
 
 class Loader:
@@ -158,7 +164,7 @@ def count_workers(asked: int, processes: int) -> int:
 def read_all(reader: Reader, threads: int, reporter: Reporter) -> Loaded:
     """Read all items of a small set, by threads."""
     count = len(reader)
-    pixels, rows, broken = torch.empty(0, dtype=torch.uint8), list[int](), dict[int, str]()
+    pixels, rows, broken, notes = torch.empty(0, dtype=torch.uint8), list[int](), dict[int, str](), Notes()
     with ThreadPoolExecutor(threads) as pool, reporter.progress("reading images", count, "image") as meter:
         for row, batch in enumerate(pool.map(lambda row: reader[[row]], range(count))):
             if batch.rows:
@@ -167,8 +173,9 @@ def read_all(reader: Reader, threads: int, reporter: Reporter) -> Loaded:
                 pixels[row] = batch.pixels[0]
             rows += batch.rows
             broken |= batch.broken
+            notes |= batch.notes
             meter.advance()
-    return Loaded(list(range(count)), rows, pixels, broken)
+    return Loaded(list(range(count)), rows, pixels, broken, notes)
 
 
 def _prepare_worker(_: int) -> None:
@@ -238,7 +245,8 @@ class SourceImages:
         self.reader = Reader(self.parts, (SOURCE, TARGET) if both else ())
         self.pixels = torch.empty(0)
         self.loader: Loader | None = None
-        self.seen, self.broken = torch.zeros(len(self), dtype=torch.bool), dict[int, str]()
+        self.seen, self.broken, self.notes = torch.zeros(len(self), dtype=torch.bool), dict[int, str](), Notes()
+        self.told = dict[str, int]()
         if isinstance(self.parts[0], Embedded) and len(self.parts) == 1:
             self.pixels = self.parts[0].pixels[SOURCE]
         elif is_slow(degradation) or 3 * (1 + both) * self.size**2 * len(self) <= IN_MEMORY:
@@ -291,9 +299,10 @@ class SourceImages:
             self.loader.expect(self._draw(size, rng) for rng in streams)
 
     def close(self) -> None:
-        """End what reads ahead."""
+        """End what reads ahead, and say of how many images each note is."""
         if self.loader:
             self.loader.close()
+            tell_notes(self.notes, self.told, self.reporter)
 
     def _draw(self, size: int, rng: Streams) -> list[int]:
         return (uniform(size, rng) * len(self)).long().tolist()
@@ -310,7 +319,10 @@ class SourceImages:
         return pixels.to(device, non_blocking=True).float() / 127.5 - 1, label
 
     def _checked(self, batch: Loaded) -> Loaded:
-        """Name the images that cannot be read; refuse too many of them."""
+        """Name the images that cannot be read, and what is to be said of others; refuse too many broken ones."""
+        self.notes |= batch.notes
+        if {kind for notes in batch.notes.values() for kind in notes} - set(self.told):
+            self.told = tell_notes(self.notes, self.told, self.reporter)
         self.seen[batch.asked] = True
         for row, error in batch.broken.items():
             if row not in self.broken:

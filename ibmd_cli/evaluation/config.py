@@ -54,6 +54,9 @@ class EvalConfig(Record):
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant together."""
         super().__post_init__()
+        from ibmd_cli.images.find import named_data  # imports Pillow
+
+        object.__setattr__(self, "data", self.data and named_data(self.data))
         if self.student == ("none",) and self.teacher == "none":
             raise UsageError("--student none --teacher none: nothing to evaluate: name one of them")
         if len(set(self.student)) < len(self.student) or ("none" in self.student and len(self.student) > 1):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ibmd_cli import __version__
+from ibmd_cli.data.datasets import tell_notes
 from ibmd_cli.data.pairs import Pairs, batches, open_pairs
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
@@ -103,6 +104,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         reporter.note(f"evaluating on {counted(len(pairs.names), 'pair')} of {config.data}, device {device}")
         share = range(process.rank, len(rows), process.count)
         measure(entries, pairs, rows, networks, measurement, parts, device, reporter, share)
+        tell_notes(pairs.data.notes, {}, reporter)
         all_gather(None)  # all parts are there
         if process.rank > 0:
             return {}

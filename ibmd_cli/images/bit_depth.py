@@ -33,11 +33,7 @@ class Header(NamedTuple):
 
 
 def read_header(image: Any) -> Header:
-    """Read what an image file that was opened says of its samples; mend what Pillow takes from it wrongly.
-
-    Raises:
-        NotRead: Pillow would read its samples wrongly.
-    """
+    """Read what an opened image file says of its samples; mend or refuse what Pillow takes from it wrongly."""
     if image.format == "TIFF" and hasattr(image, "tag_v2"):
         return _tiff(image, image.tag_v2)
     stream = getattr(image, "fp", None)
@@ -99,12 +95,9 @@ def _tiff(image: Any, tags: Any) -> Header:
     if 50706 in tags or (tags.get(254, 0) & 1 and 330 in tags):
         raise NotRead("a raw photo of a camera (DNG, NEF …), of which only a thumbnail is readable: develop it first")
     native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}  # libtiff has swapped the bytes already
-    image.tile = [
-        tile._replace(args=(native[tile.args[0]], *tile.args[1:]))
-        if tile.codec_name == "libtiff" and tile.args[0] in native
-        else tile
-        for tile in image.tile
-    ]
+    for i, tile in enumerate(image.tile):
+        if tile.codec_name == "libtiff" and tile.args[0] in native:
+            image.tile[i] = tile._replace(args=(native[tile.args[0]], *tile.args[1:]))
     if photometric == 3 and image.palette is not None and 0 < max(tags[320]) < 256:  # 8 bits, as some programs write
         image.palette.palette = bytes(tags[320])
     full = {1: 2**bits - 1, 2: 2 ** (bits - 1) - 1}.get(form, 0) if bits <= 16 else 0
@@ -113,47 +106,36 @@ def _tiff(image: Any, tags: Any) -> Header:
 
 
 def deep_samples(image: Any) -> np.ndarray | None:
-    """Read an opened image of 16 bits again at its own depth: uint16 (H, W) or (H, W, 3).
+    """Read an opened image of 16 bits again at its own depth, without alpha: uint16 (H, W) or (H, W, 3).
 
-    Pillow keeps the high byte of such colours; the other one comes from the same bytes taken in the other order.
-
-    Returns:
-        The samples without alpha; None if the image has 8 bits, is no file, or grey, of which Pillow keeps all 16.
+    Pillow keeps the high byte of such colours; the other one comes from the same bytes taken in the other order. None
+    if the image has 8 bits, is no file, or grey, of which Pillow keeps all 16.
     """
     if image.mode not in ("RGB", "RGBA") or not getattr(image, "tile", ()) or getattr(image, "fp", None) is None:
         return None
     args: Any = image.tile[0].args
     raw: str = args if isinstance(args, str) else args[0]
     mode, _, order = raw.partition(";16")
-    little = order == "L" or (order == "N" and sys.byteorder == "little")
-    if raw == "LA;16B":
-        modes = ["RGBA"]
-    elif order and mode in ("RGB", "RGBA", "RGBX"):
-        modes = [raw, f"{mode};16{'B' if little else 'L'}"]
-    else:
+    if not order or mode not in ("LA", "RGB", "RGBA", "RGBX"):
         return None
-    back = image.fp.tell()
-    halves = []
-    for mode in modes:
+    little = order == "L" or (order == "N" and sys.byteorder == "little")
+    back, halves = image.fp.tell(), []
+    for form in ["RGBA"] if mode == "LA" else [raw, f"{mode};16{'B' if little else 'L'}"]:
         with Image.open(image.fp, formats=[str(image.format)]) as half:
             tiles: Any = half.tile
-            half.tile = [t._replace(args=mode if t.args == raw else (mode, *t.args[1:])) for t in tiles]
+            half.tile = [t._replace(args=form if t.args == raw else (form, *t.args[1:])) for t in tiles]
             half.load()
             halves.append(np.asarray(half))
     image.fp.seek(back)
-    if raw == "LA;16B":
+    if len(halves) == 1:  # grey and alpha, two bytes each
         return halves[0][..., 0].astype(np.uint16) << 8 | halves[0][..., 1]
     return halves[0][..., :3].astype(np.uint16) << 8 | halves[1][..., :3]
 
 
 def single_channel(image: Image.Image, header: Header) -> np.ndarray | None:
-    """Return the samples of a loaded image that has one channel of more than 8 bits, or signed: 0 black, 1 white.
+    """Return the samples of a loaded image of one channel of more than 8 bits, or signed; None for other images.
 
-    Returns:
-        float32 (H, W); None for other images.
-
-    Raises:
-        NotRead: their range is not known.
+    They are float32 (H, W), 0 black, 1 white; samples of an unknown range raise NotRead.
     """
     if not (image.mode.startswith("I") or image.mode == "F" or header.form == "i1"):
         return None

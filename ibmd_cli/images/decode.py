@@ -15,7 +15,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition
@@ -34,7 +34,6 @@ from ibmd_cli.images.other_files import READABLE, refusal, trouble
 MAX_PIXELS = 100_000_000
 AT_ONCE = 32_000_000  # pixels that threads decode, or encode, at the same time: about ten bytes for each
 BLOCK = 1 << 30  # bytes
-ORIENTATION = 0x0112  # EXIF tag
 # EXIF orientation → what undoes it: flipped, turned by 180°, upside down, transposed, by 270°, transversed, by 90°.
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
@@ -45,7 +44,6 @@ class Picture(NamedTuple):
     Attributes:
         rgb: its colours, upright.
         alpha: mode L, 255 = opaque; None if it has none or it was not to be kept.
-        several: whether there are more frames or pages, which are not read.
         dpi: pixels per inch in width and height, or None.
         metadata: what else the file says, as far as it is true of another picture, too.
         notes: what is to be said of how it was read.
@@ -53,18 +51,13 @@ class Picture(NamedTuple):
 
     rgb: Image.Image
     alpha: Image.Image | None = None
-    several: bool = False
     dpi: tuple[float, float] | None = None
     metadata: Metadata = Metadata()
     notes: tuple[str, ...] = ()
 
 
 class Budget:
-    """Pixels that threads may work on at the same time.
-
-    Args:
-        pixels: how many; an image that has more waits until it is alone.
-    """
+    """Pixels that threads may work on at the same time; an image that has more waits until it is alone."""
 
     def __init__(self, pixels: int = AT_ONCE) -> None:
         self.pixels = self.left = pixels
@@ -159,7 +152,7 @@ def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
         deep = deep_samples(image) if space is not None or wide else None
         frame = next((tile.extents for tile in getattr(image, "tile", ()) if image.format == "GIF"), None)
         image.load()
-        orientation = _orientation(image)
+        orientation = _tried(lambda: int(image.getexif().get(0x0112, 1)), 1)
         try:
             rgb, transparency = _colours(image, header, space, deep)
         except ValueError as error:
@@ -178,9 +171,12 @@ def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
             rgb, kept = rgb.transpose(turn), kept and kept.transpose(turn)
         own = image.info.get("icc_profile", b"") if space is None and not notes else b""
         metadata = read_metadata(image, own)
-        if several := _several(image):
+        several = _tried(lambda: getattr(image, "is_animated", False), True)  # it fails if the second one is damaged
+        if several and image.format != "MPO":  # a photo with its preview
             notes.append("several frames or pages: of such files the first one counts")
-        return Picture(rgb, kept, several, _dpi(image.info.get("dpi")), metadata, tuple(notes))
+        dpi = _tried(lambda: tuple(float(v) for v in image.info["dpi"]), ())
+        known = len(dpi) == 2 and all(math.isfinite(v) and 1 < v < 1e5 for v in dpi)  # TIFF says 1 for "unknown"
+        return Picture(rgb, kept, dpi if known else None, metadata, tuple(notes))
 
 
 @contextmanager
@@ -262,23 +258,9 @@ def _colours(
     return to_srgb(colours if deep is None else deep, space, copy=False), transparency
 
 
-def _orientation(image: Image.Image) -> int:
+def _tried(read: Callable[[], Any], otherwise: Any) -> Any:
+    """Return what a block beside the pixels says, or `otherwise` if it is damaged."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # a damaged EXIF block
-        return 1
-
-
-def _dpi(value: Any) -> tuple[float, float] | None:
-    try:
-        x, y = (float(v) for v in value)
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None
-    return (x, y) if all(math.isfinite(v) and 1 < v < 1e5 for v in (x, y)) else None  # TIFF says 1 for "unknown"
-
-
-def _several(image: Image.Image) -> bool:
-    try:
-        return bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # a photo with its preview
-    except Exception:  # the second frame is damaged: it is not read anyway
-        return True
+        return read()
+    except Exception:  # Pillow raises whatever damaged bytes lead to
+        return otherwise

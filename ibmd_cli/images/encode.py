@@ -13,19 +13,15 @@ SOFTWARE, XMP = 0x0131, 0x02BC  # EXIF tags
 JPEG_SEGMENT = 65_000  # bytes, the most of XMP that a JPEG holds in one piece
 WRITABLE: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
-    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    **dict.fromkeys((".jpg", ".jpeg"), ("JPEG", {"quality": 95, "subsampling": 0})),
     ".webp": ("WEBP", {"lossless": True}),
-    ".tif": ("TIFF", {"compression": "tiff_deflate"}),
-    ".tiff": ("TIFF", {"compression": "tiff_deflate"}),
+    **dict.fromkeys((".tif", ".tiff"), ("TIFF", {"compression": "tiff_deflate"})),
     ".bmp": ("BMP", {}),
     ".avif": ("AVIF", {"quality": 90, "subsampling": "4:4:4"}),
 }
 """Ending of a name → format that is written to it, and its options."""
-LOSSY = (".jpg", ".jpeg", ".webp", ".avif")
-"""Endings of the formats that have a quality."""
-OPAQUE = (".jpg", ".jpeg", ".bmp")
-"""Endings of the formats that hold no transparency."""
+LOSSY = (".jpg", ".jpeg", ".webp", ".avif")  # have a quality
+OPAQUE = (".jpg", ".jpeg", ".bmp")  # hold no transparency
 
 
 def encode(

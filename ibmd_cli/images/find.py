@@ -10,14 +10,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from urllib.parse import unquote_to_bytes
 
-from ibmd_cli.errors import IbmdError
+from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import why
+from ibmd_cli.images import table
 from ibmd_cli.images.decode import shown
 from ibmd_cli.images.other_files import EXPECTED
 from ibmd_cli.reporting import counted
 
-IMAGES = ("png", "apng", "jpg", "jpeg", "jpe", "jfif", "mpo", "webp", "tif", "tiff", "bmp", "gif", "avif")
-SUFFIXES = frozenset(f".{ending}" for ending in (*IMAGES, "pbm", "pgm", "ppm", "pnm", "pfm"))
+SUFFIXES = frozenset(table("endings")["images"])
 WRITTEN = re.compile(r"\.ibmd(\.\d+)?\.(png|jpe?g|webp|tiff?|bmp|avif)$")
 NO_ENDING, FOLDER, LINK = "without an ending", "folder", "linked folder"
 _FETCH = {"http": "curl -LO", "https": "curl -LO", "s3": "aws s3 cp", "gs": "gcloud storage cp"}
@@ -40,11 +40,8 @@ def find_images(
         path: folder.
         recursive: search folders in it, too.
         without: a folder that is not searched.
-        on_error: told of folders and files that cannot be looked at, in place of an exception.
+        on_error: told of folders and files that cannot be looked at, in place of an IbmdError.
         passed: counts what is passed over, except hidden ones, by kind, for `passed_over`.
-
-    Raises:
-        IbmdError: a folder cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -71,22 +68,21 @@ def find_images(
 
 def passed_over(passed: Counter[str]) -> str:
     """Say what `find_images` passed over: "passed over 2 files (.heic): expected PNG …"; "" if there was nothing."""
-    files = [(kind, count) for kind, count in passed.most_common() if kind.startswith(".") or kind == NO_ENDING]
+    files = {kind: count for kind, count in passed.most_common() if kind.startswith(".") or kind == NO_ENDING}
     texts = []
     if files:
-        most = [kind if len(files) == 1 else f"{count:,} {kind}" for kind, count in files[:6]]
-        more = [counted(sum(count for _, count in files[6:]), "other")] if len(files) > 6 else []
-        total = counted(sum(count for _, count in files), "file")
-        texts.append(f"passed over {total} ({', '.join(most + more)}): {EXPECTED}")
-    others = [(kind, count) for kind, count in passed.items() if count and (kind, count) not in files]
+        kinds = [kind if len(files) == 1 else f"{count:,} {kind}" for kind, count in files.items()]
+        if more := sum(list(files.values())[6:]):
+            kinds[6:] = [counted(more, "other")]
+        texts.append(f"passed over {counted(sum(files.values()), 'file')} ({', '.join(kinds)}): {EXPECTED}")
+    others = [(kind, count) for kind, count in passed.items() if count and kind not in files]
     return "; ".join([*texts, *(f"passed over {counted(count, kind)}{MENDS.get(kind, '')}" for kind, count in others)])
 
 
 def named_path(text: str) -> str:
     """Return the path that a user's text names: without spaces or quotes around it, `~` and `file:` resolved.
 
-    Raises:
-        IbmdError: it is an address of something that is no file here.
+    Addresses of what is no file here raise an IbmdError.
     """
     if os.path.lexists(text):
         return text
@@ -111,15 +107,19 @@ def named_path(text: str) -> str:
     return os.path.expanduser(named)
 
 
+def named_data(reference: str) -> str:
+    """Return what `--data` names: a path as `named_path`, and references of other kinds as they are."""
+    try:
+        return reference if reference.startswith("hf://") else named_path(reference)
+    except IbmdError as error:
+        raise UsageError(f"--data {error}") from error
+
+
 def find_matches(pattern: str, on_error: Callable[[OSError], None]) -> tuple[Path, list[Path]]:
     """Find files and folders by a pattern with `*`, `?`, `[…]`, and `**` for any number of folders.
 
     Hidden ones, unless their part of the pattern begins with a dot, links to folders, and what `ibmd sample` wrote
     beside its inputs are passed over, as in `find_images`; so links that go round in a circle do no harm.
-
-    Args:
-        pattern: path.
-        on_error: told of folders that cannot be looked at.
 
     Returns:
         The folder that the pattern begins with, and what matches, sorted.

@@ -3,6 +3,7 @@
 Only what returns tensors imports PyTorch, and only when it is called: `ibmd sample` runs exported students without it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 
 def to_array(image: Image.Image) -> np.ndarray:
     """Return the pixels of an RGB image, uint8 (3, H, W); for one of mode 1, bool (1, H, W)."""
-    pixels = np.array(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return np.atleast_3d(np.array(image)).transpose(2, 0, 1)
 
 
 def scaled(x: np.ndarray) -> np.ndarray:
@@ -25,7 +25,7 @@ def scaled(x: np.ndarray) -> np.ndarray:
 
 
 def to_image(x: "np.ndarray | Tensor") -> Image.Image:
-    """Convert float (3, H, W) in [-1, 1] to an RGB image; rounds as `to_uint8`."""
+    """Convert float (3, H, W) in [-1, 1] to an RGB image, rounded as by `to_uint8`."""
     pixels = np.rint((np.asarray(x) + 1) * 127.5)
     pixels = np.fmin(np.fmax(pixels, 0), 255).astype(np.uint8)  # NaN, of a student that is no good, becomes 0
     return Image.fromarray(pixels.transpose(1, 2, 0))
@@ -74,9 +74,8 @@ def arrange(size: tuple[int, int], side: int, mode: str = "pad") -> Geometry:
         size: (width, height) of the image.
         side: height and width that the model takes.
         mode: "pad" (all of the image, centred on the median colour of its own border: paper stays paper), "crop" (its
-            central square), "stretch" (all of it, distorted), or "tile" (all of it in its own size, for `tiles`; padded
-            where it is smaller than the model). Tiles do not see each other: right for restoration and
-            super-resolution, wrong where the whole layout says what a part is, as with drawings.
+            central square), "stretch" (all of it, distorted), or "tile" (all of it in its own size, for `tiles`, which
+            do not see each other; padded where it is smaller than the model).
     """
     width, height = size
     seen, canvas = (0, 0, width, height), (side, side)
@@ -95,12 +94,7 @@ def arrange(size: tuple[int, int], side: int, mode: str = "pad") -> Geometry:
 
 
 def fit(image: Image.Image, side: int, mode: str = "pad") -> "tuple[Tensor, Geometry]":
-    """Bring an RGB image to the square size of a model; arguments as `arrange`.
-
-    Returns:
-        x: float32 (3, side, side) in [-1, 1]; with "tile", height and width are at least `side`.
-        geometry: the way back, for `unfit`.
-    """
+    """Return an RGB image on the canvas of a model, float32 in [-1, 1], and the way back; arguments as `arrange`."""
     geometry = arrange(image.size, side, mode)
     return to_tensor(lay(image, geometry)), geometry
 
@@ -124,12 +118,7 @@ def lay_mask(mask: Image.Image, geometry: Geometry) -> Image.Image:
 
 
 def unfit(image: Image.Image, geometry: Geometry) -> Image.Image:
-    """Undo `lay`: an image of the original size; what the model did not see (mode "crop") is white.
-
-    Args:
-        image: the canvas, or an enlargement of it.
-        geometry: from `arrange`.
-    """
+    """Undo `lay` for a canvas or an enlargement of it; what the model did not see (mode "crop") is white."""
     part = _resize(image, _size(geometry.seen), enlarged(geometry.place, image.width // geometry.canvas[0]))
     if part.size == geometry.size:
         return part
@@ -150,8 +139,7 @@ def _size(box: tuple[int, int, int, int]) -> tuple[int, int]:
 
 def _resize(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
     """Scale part of an image. For reduction, a filter without overshoot: thin lines stay lines on clean paper."""
-    (w, h), (from_w, from_h) = size, _size(box)
-    smaller = w * h < from_w * from_h
+    smaller = math.prod(size) < math.prod(_size(box))
     return image.resize(size, Image.Resampling.HAMMING if smaller else Image.Resampling.BICUBIC, box)
 
 

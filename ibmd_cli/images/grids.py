@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def labelled_grid(rows: Mapping[str, "np.ndarray | Tensor"], side: int = 96, gap: int = 4) -> Image.Image:
-    """Draw rows of images, each with its label on the left, small images enlarged by repetition of pixels.
-
-    Args:
-        rows: label → images, uint8 (n, 3, H, W), of one shape.
-        side: least height of an image in the grid.
-        gap: white pixels between images.
-    """
+    """Draw `rows`, label → images, uint8 (n, 3, H, W) of one shape, enlarged by repetition to about `side` pixels."""
     scale = max(1, side // next(iter(rows.values())).shape[-1])
     font = ImageFont.load_default(14)
     margin = 2 * gap + int(max(font.getlength(label) for label in rows))
@@ -40,19 +34,12 @@ def labelled_grid(rows: Mapping[str, "np.ndarray | Tensor"], side: int = 96, gap
     return picture
 
 
-CELL = 128  # pixels
-GAP = 6
-CAPTION = 18
-LIMIT = 200
-"""Sources on a sheet: those that come later are left out."""
+CELL, GAP, CAPTION = 128, 6, 18  # pixels
+LIMIT = 200  # sources on a sheet: those that come later are left out
 
 
 class Sheet:
-    """A sheet of sources, each followed by its results.
-
-    Args:
-        name: of the file that it is to become.
-    """
+    """A sheet of sources, each followed by its results, that is to become the file `name`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -61,15 +48,7 @@ class Sheet:
         self.lock = Lock()
 
     def add(self, source: Hashable, name: str, variant: int, before: Image.Image, after: Image.Image) -> None:
-        """Add a result; threads may do so at the same time.
-
-        Args:
-            source: tells sources apart.
-            name: of the source, for the caption.
-            variant: number of the result, from 1.
-            before: the source, or its `thumbnail`.
-            after: the result.
-        """
+        """Add a result, with its number from 1 on, to a source called `name`; threads may do so at the same time."""
         with self.lock:
             if source not in self.rows and len(self.rows) == LIMIT:
                 return

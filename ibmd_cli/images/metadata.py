@@ -60,7 +60,7 @@ def to_exif(base: dict[int, Any], camera: dict[int, Any]) -> Image.Exif:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number, a line of UTF-8, some bytes, or a few of these; None for what is none of them, or is damaged."""
+    """Return a number, a line of UTF-8, some bytes, or a few of these; None for all else, and what is damaged."""
     if isinstance(value, str):
         with suppress(UnicodeError):
             value = value.encode("latin-1").decode("utf-8")  # as most programs write it

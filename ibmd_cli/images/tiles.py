@@ -6,8 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-OVERLAP = 0.25
-"""Least share of a tile that it has in common with the next."""
+OVERLAP = 0.25  # least share of a tile that it has in common with the next
 
 
 def starts(length: int, side: int) -> list[int]:
@@ -27,14 +26,7 @@ def weights(places: Sequence[int], length: int, side: int) -> np.ndarray:
 
 
 class Tiles:
-    """Where the tiles of a canvas lie, row by row. A canvas of the size of a tile has one tile, which is itself.
-
-    Args:
-        height: of the canvas, at least `side`.
-        width: likewise.
-        side: height and width of a tile.
-        scale: results are this many times as large.
-    """
+    """Square tiles of a canvas (height, width ≥ side), row by row; results are `scale` times as large as the canvas."""
 
     def __init__(self, height: int, width: int, side: int, scale: int = 1) -> None:
         self.height, self.width, self.side, self.scale = height, width, side, scale

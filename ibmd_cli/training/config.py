@@ -102,6 +102,9 @@ class DistillConfig(Record):
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         super().__post_init__()
+        from ibmd_cli.images.find import named_data  # imports Pillow
+
+        object.__setattr__(self, "data", tuple(map(named_data, self.data)))
         if self.timesteps and len(self.timesteps) != self.nfe:
             raise UsageError(
                 f"--timesteps: {len(self.timesteps)} times, but --nfe {self.nfe}: expected one for each call"

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from ibmd_cli.data.embedded import embedded_pairs, enlarge
 from ibmd_cli.data.preprocessing import Preprocessing, read_normals
 from ibmd_cli.data.references import check_sources, open_data_set, rows_of
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
+from ibmd_cli.evaluation.config import EvalConfig
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.reporting import Reporter
+from ibmd_cli.training.config import DistillConfig
 
 SIZE = 16
 
@@ -182,8 +185,28 @@ def test_what_is_passed_over_in_a_folder_is_described_and_named_where_nothing_is
 
 @pytest.mark.parametrize("scheme", ["https", "s3"])
 def test_addresses_of_data_are_refused_by_name(scheme: str):
-    with pytest.raises(UsageError, match=rf"--data {scheme}://x\.org/a: addresses \({scheme}://\) are not read"):
-        check_sources([f"{scheme}://x.org/a"], {}, "", Reporter(quiet=True))
+    refused: tuple[Callable[[str], object], ...] = (
+        lambda data: check_sources([data], {}, "", Reporter(quiet=True)),
+        lambda data: DistillConfig(data=("preset", data)),
+        lambda data: EvalConfig(data=data),
+    )
+    for call in refused:
+        with pytest.raises(UsageError, match=rf"--data {scheme}://x\.org/a: addresses \({scheme}://\) are not read"):
+            call(f"{scheme}://x.org/a")
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("file:///a/b%20c", "/a/b c"), ("FILE://localhost/a", "/a"), ("~/a", "/home/someone/a"), ("'/a b'", "/a b"),
+        ("preset", "preset"), ("builtin:emoji", "builtin:emoji"), ("dataset:x", "dataset:x"),
+        ("hf://datasets/a/b", "hf://datasets/a/b"),
+    ],
+)  # fmt: skip
+def test_data_are_named_as_inputs_of_sample_are(text: str, path: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert DistillConfig(data=(text,)).data == (path,)
+    assert EvalConfig(data=text).data == path
 
 
 @pytest.mark.parametrize("reference", ["hf://datasets/name", "hf://datasets/", "hf://owner/name"])

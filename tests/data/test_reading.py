@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from distilling import SMALL, distill, interrupt, log, same
+from PIL import Image
 from torch import Tensor
 
 import ibmd_cli.data.sources
@@ -96,7 +97,30 @@ def test_broken_images_give_way_to_the_next(photos: Path):
     batch = reader[[4, 5, 19, 20]]
     assert (batch.asked, batch.rows, sorted(batch.broken)) == ([4, 5, 19, 20], [4, 6, 20, 20], [5, 19])
     assert "damaged or incomplete" in batch.broken[5]
-    assert torch.equal(batch.pixels, torch.stack([reader.read(row) for row in (4, 6, 20, 20)]))
+    assert torch.equal(batch.pixels, torch.stack([reader.read(row)[0] for row in (4, 6, 20, 20)]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_notes_of_images_are_counted_and_said_once_per_kind(
+    in_memory: bool, workers: int, photos: Path, teacher: dict, monkeypatch: pytest.MonkeyPatch, capfd
+):
+    if not in_memory:
+        monkeypatch.setattr(ibmd_cli.data.sources, "IN_MEMORY", 0)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    for i in range(3):
+        frames[0].save(photos / "0" / f"a{i}.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(photos / "1" / "b.png", icc_profile=b"no profile")
+    sources = SourceImages([str(photos)], teacher, Reporter(), "inpaint-center", workers=workers)
+    halves = [list(range(len(sources))[i::2]) for i in range(2)]
+    for rows in halves * 2:  # a second time, nothing is new
+        sources.take(rows, BatchStreams(range(len(rows)), 0, "test", 0))
+    sources.close()
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("--data: ")]
+    names = [str(photos / "0" / f"a{i}.gif") for i in range(3)]
+    assert f"--data: {names[0]} and 2 others: several frames or pages: of such files the first one counts" in told
+    assert sum("profile is ignored" in line for line in told) == 1
+    assert len(told) <= (2 if in_memory else 3)
 
 
 def test_too_many_broken_images_stop_a_run_as_they_come(photos: Path, teacher: dict, large: None):

@@ -72,6 +72,18 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     return json.loads(result.stdout), out
 
 
+def test_notes_of_images_are_counted_and_said_once_per_kind(tmp_path: Path):
+    pairs = write_pairs(tmp_path / "pairs", 3)
+    files = sorted((pairs / "source").iterdir())
+    for file in files[:2]:
+        with Image.open(file) as image:
+            image.load()
+            image.save(file, icc_profile=b"no profile")
+    told = run("--data", pairs.as_uri(), "--teacher", "none", "--metric", "psnr").stderr
+    note = f"--data: {files[0]} and 1 other: its colour profile is ignored (damaged profile)"
+    assert told.replace("\n", " ").count(note) == 1
+
+
 # --------------------------------------------------------------------------------------------------------- results
 
 

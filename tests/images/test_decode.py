@@ -218,8 +218,8 @@ def test_what_is_read_beside_the_pixels(picture):
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_further_frames_are_told(form, picture):
     several = file_of(picture, form, save_all=True, append_images=[ImageOps.invert(picture)])
-    assert decode(io.BytesIO(several), "test").several
-    assert not decode(io.BytesIO(file_of(picture, form)), "test").several
+    assert "several frames" in decode(io.BytesIO(several), "test").notes[0]
+    assert not decode(io.BytesIO(file_of(picture, form)), "test").notes
 
 
 SMALL = st.integers(1, 40)
