@@ -13,23 +13,14 @@ _SAVE = "save it as PNG with 8 or 16 bits"
 
 
 class Header(NamedTuple):
-    """What a file says of its samples.
+    """What a file says of its samples."""
 
-    Attributes:
-        full: the sample that is white, of single-channel modes; 0 if only the values can tell.
-        inverted: whether black and white are to be exchanged.
-        form: of samples as NumPy names it, where Pillow holds them in another: "i1" or "u4".
-        key: the transparent colour, at the file's own depth: one sample or three.
-        depth: bits of a sample of a PNG file.
-        codes: cICP, or AVIF's nclx: primaries, transfer, matrix and full range.
-    """
-
-    full: int = 0
-    inverted: bool = False
-    form: str = ""
-    key: tuple[int, ...] = ()
-    depth: int = 8
-    codes: tuple[int, ...] = ()
+    full: int = 0  # the sample that is white, of single-channel modes; 0 if only the values can tell
+    inverted: bool = False  # whether black and white are to be exchanged
+    form: str = ""  # of samples as NumPy names it, where Pillow holds them in another: "i1" or "u4"
+    key: tuple[int, ...] = ()  # the transparent colour, at the file's own depth: one sample or three
+    depth: int = 8  # bits of a sample of a PNG file
+    codes: tuple[int, ...] = ()  # cICP, or AVIF's nclx: primaries, transfer, matrix and full range
 
 
 def read_header(image: Any) -> Header:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from functools import lru_cache
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -31,15 +31,10 @@ def _power(g: float, a: float = 1, b: float = 0, c: float = 0, d: float = 0, e: 
 
 
 class Space(NamedTuple):
-    """How samples become light.
+    """How samples become light."""
 
-    Attributes:
-        curves: one for all channels, or one for each of three.
-        matrix: from light in the space's primaries to linear sRGB, (3, 3).
-    """
-
-    curves: tuple[Curve, ...]
-    matrix: np.ndarray = np.eye(3)
+    curves: tuple[Curve, ...]  # one for all channels, or one for each of three
+    matrix: np.ndarray = np.eye(3)  # from light in the space's primaries to linear sRGB
 
     def to_srgb(self, samples: np.ndarray) -> np.ndarray:
         """Convert uint8 or uint16 samples, (H, W) or (H, W, 3), to sRGB, uint8 (H, W, 3)."""
@@ -49,11 +44,7 @@ class Space(NamedTuple):
         rgb, step = np.empty((*samples.shape[:2], 3), np.uint8), max(1, _ROWS // samples.shape[1])
         for top in range(0, len(samples), step):
             part = samples[top : top + step]
-            if len(light) == 1:
-                lit = light[0][part]
-                lit = np.repeat(lit[..., None], 3, 2) if part.ndim == 2 else lit
-            else:
-                lit = np.stack([light[i][part if part.ndim == 2 else part[..., i]] for i in range(3)], -1)
+            lit = np.stack([light[i % len(light)][part if part.ndim == 2 else part[..., i]] for i in range(3)], -1)
             lit = lit @ np.clip(self.matrix.T, -1e6, 1e6).astype(np.float32)
             rgb[top : top + step] = _encoding()[np.rint(np.clip(lit, 0, 1) * 65535).astype(np.uint16)]
         return rgb
@@ -96,12 +87,9 @@ _HDR = {16: "PQ", 18: "HLG"}  # transfers of H.273
 
 
 def from_codes(primaries: int, transfer: int, matrix: int = 0, full: int = 1, *, video: bool = False) -> Space | None:
-    """Return the space of code points of ITU-T H.273 (cICP); None for sRGB.
+    """Return the space of code points of ITU-T H.273 (cICP); None for sRGB; NotRead if there is no fixed way to sRGB.
 
     With `video`, the curves of television count as sRGB's, as browsers have it in AVIF.
-
-    Raises:
-        NotRead: there is no fixed way from it to sRGB.
     """
     mend = "save it as sRGB in a program that knows it"
     if (hdr := _HDR.get(transfer)) is not None:
@@ -138,9 +126,7 @@ def from_gamma(gamma: float, chromaticities: tuple[float, ...] | None) -> Space 
 def from_profile(content: bytes) -> Profile | None:
     """Read an ICC profile; None for one that makes no difference to sRGB.
 
-    Raises:
-        ValueError: it is damaged.
-        NotRead: it is one of an HDR image.
+    A damaged one raises a ValueError, one of an HDR image NotRead.
     """
     try:
         kind, (count,) = content[16:20].decode("latin-1").strip(), struct.unpack_from(">I", content, 128)
@@ -204,8 +190,7 @@ def _through_cms(image: Image.Image, profile: Profile) -> Image.Image:
         raise ValueError(f"a profile for {profile.kind if profile.kind.isprintable() else 'other samples'}")
     try:
         source, target = ImageCms.ImageCmsProfile(BytesIO(profile.content)), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+        converted: Any = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, TypeError) as error:
         raise ValueError("damaged profile") from error
-    assert converted is not None  # it is, where the input is not changed in place
     return converted

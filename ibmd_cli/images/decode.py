@@ -6,9 +6,7 @@
   pixels, counts as none, which is noted; HDR images are refused;
 - transparency is laid on white, or dropped, and can be had beside the colours;
 - samples are scaled by the file's own depth; 32-bit integers and floats by the smallest of the ranges 0 … 1, 0 … 255
-  and 0 … 65535, or all of the integers, that holds their values, and refused if none does; CMYK, Lab and palettes
-  become RGB;
-- of what else a file says, resolution, artist and copyright are kept; place and time of a photo are not.
+  and 0 … 65535, or all of the integers, that holds their values, and refused if none does.
 """
 
 import math
@@ -33,27 +31,18 @@ from ibmd_cli.images.other_files import READABLE, refusal, trouble
 
 MAX_PIXELS = 100_000_000
 AT_ONCE = 32_000_000  # pixels that threads decode, or encode, at the same time: about ten bytes for each
-BLOCK = 1 << 30  # bytes
 # EXIF orientation → what undoes it: flipped, turned by 180°, upside down, transposed, by 270°, transversed, by 90°.
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
 
 class Picture(NamedTuple):
-    """What an image file holds.
+    """What an image file holds."""
 
-    Attributes:
-        rgb: its colours, upright.
-        alpha: mode L, 255 = opaque; None if it has none or it was not to be kept.
-        dpi: pixels per inch in width and height, or None.
-        metadata: what else the file says, as far as it is true of another picture, too.
-        notes: what is to be said of how it was read.
-    """
-
-    rgb: Image.Image
-    alpha: Image.Image | None = None
-    dpi: tuple[float, float] | None = None
+    rgb: Image.Image  # upright
+    alpha: Image.Image | None = None  # mode L, 255 = opaque; None if it has none or it was not to be kept
+    dpi: tuple[float, float] | None = None  # pixels per inch in width and height
     metadata: Metadata = Metadata()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what is to be said of how it was read
 
 
 class Budget:
@@ -111,7 +100,7 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS, alpha: str = "white")
 
 
 def decode(stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, alpha: str = "white") -> Picture:
-    """Decode an image by the rules of this module.
+    """Decode an image by the rules of this module, or raise an IbmdError of one line that begins with `name`.
 
     Args:
         stream: seekable.
@@ -119,9 +108,6 @@ def decode(stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, alpha: str
         max_pixels: larger images are refused before their pixels are decoded.
         alpha: "white": transparency is laid on white; "keep": that, and it is returned beside the colours; "drop": the
             colours as they are, also where they are transparent.
-
-    Raises:
-        IbmdError: the content is no image, damaged, too large, or of values or colours that have no fixed way to sRGB.
     """
     Image.init()  # all plugins: those for WebP, TIFF and AVIF are not loaded otherwise
     formats = [f for f in READABLE if f in Image.OPEN]
@@ -169,8 +155,7 @@ def to_picture(image: Image.Image, name: str, alpha: str = "white") -> Picture:
         kept = transparency if alpha == "keep" else None
         if (turn := _TURNS.get(orientation)) is not None:
             rgb, kept = rgb.transpose(turn), kept and kept.transpose(turn)
-        own = image.info.get("icc_profile", b"") if space is None and not notes else b""
-        metadata = read_metadata(image, own)
+        metadata = read_metadata(image, image.info.get("icc_profile", b"") if space is None and not notes else b"")
         several = _tried(lambda: getattr(image, "is_animated", False), True)  # it fails if the second one is damaged
         if several and image.format != "MPO":  # a photo with its preview
             notes.append("several frames or pages: of such files the first one counts")
@@ -186,12 +171,11 @@ def _one_line(name: str) -> Iterator[None]:
         yield
     except IbmdError:
         raise
-    except NotRead as error:
-        raise IbmdError(f"{name}: {error}") from error
-    except MemoryError as error:
-        raise IbmdError(f"{name}: does not fit in memory: make it smaller") from error
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead to
-        raise IbmdError(f"{name}: {trouble(shown(str(error)))}") from error
+        what = str(error) if isinstance(error, NotRead) else trouble(shown(str(error)))
+        if isinstance(error, MemoryError):
+            what = "does not fit in memory: make it smaller"
+        raise IbmdError(f"{name}: {what}") from error
 
 
 @contextmanager
@@ -203,7 +187,7 @@ def own_limits() -> Iterator[None]:
     """
     limit, block = Image.MAX_IMAGE_PIXELS, Image.core.get_block_size()
     Image.MAX_IMAGE_PIXELS = None
-    Image.core.set_block_size(BLOCK)
+    Image.core.set_block_size(1 << 30)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.|ibmd_cli\.images")

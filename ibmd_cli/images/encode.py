@@ -32,7 +32,7 @@ def encode(
     metadata: Metadata | None = None,
     software: str = "",
 ) -> bytes:
-    """Return the bytes of an image file.
+    """Return the bytes of an image file, or raise an IbmdError: WebP ends at 16,383 pixels a side.
 
     Args:
         image: RGB or RGBA.
@@ -41,9 +41,6 @@ def encode(
         dpi: pixels per inch, where the format knows them (PNG, JPEG, TIFF, BMP).
         metadata: what else it is to say, where the format knows it (all but BMP).
         software: what made it and how, as EXIF tag and, in PNG, as text.
-
-    Raises:
-        IbmdError: the format cannot hold the image; WebP ends at 16,383 pixels a side.
     """
     form, options = WRITABLE[suffix.lower()]
     if quality is not None:

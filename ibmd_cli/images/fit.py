@@ -52,27 +52,20 @@ def to_uint8(x: "Tensor | Image.Image") -> "Tensor":
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image lies in the canvas that a model sees. Boxes are (left, upper, right, lower) in pixels.
+    """How an image lies in the canvas that a model sees. Boxes are (left, upper, right, lower) in pixels."""
 
-    Attributes:
-        size: (width, height) of the image.
-        seen: the part of the image that the model sees.
-        place: the part of the canvas that it fills.
-        canvas: (width, height) of the canvas: the model's square, or larger, to be translated in tiles.
-    """
-
-    size: tuple[int, int]
-    seen: tuple[int, int, int, int]
-    place: tuple[int, int, int, int]
-    canvas: tuple[int, int]
+    size: tuple[int, int]  # (width, height) of the image
+    seen: tuple[int, int, int, int]  # the part of the image that the model sees
+    place: tuple[int, int, int, int]  # the part of the canvas that it fills
+    canvas: tuple[int, int]  # (width, height) of the canvas: the model's square, or larger, to be translated in tiles
 
 
 def arrange(size: tuple[int, int], side: int, mode: str = "pad") -> Geometry:
-    """Say how an image is to lie in the square of a model.
+    """Say how an image of a size (width, height) is to lie in the square of a model.
 
     Args:
-        size: (width, height) of the image.
-        side: height and width that the model takes.
+        size: of the image.
+        side: of the square.
         mode: "pad" (all of the image, centred on the median colour of its own border: paper stays paper), "crop" (its
             central square), "stretch" (all of it, distorted), or "tile" (all of it in its own size, for `tiles`, which
             do not see each other; padded where it is smaller than the model).
@@ -112,8 +105,7 @@ def lay(image: Image.Image, geometry: Geometry) -> Image.Image:
 def lay_mask(mask: Image.Image, geometry: Geometry) -> Image.Image:
     """Lay a mask (mode 1) on the canvas as `lay` does with its image; the rest is False."""
     canvas = Image.new("1", geometry.canvas)
-    part = mask.resize(_size(geometry.place), Image.Resampling.NEAREST, geometry.seen)
-    canvas.paste(part, geometry.place)
+    canvas.paste(mask.resize(_size(geometry.place), Image.Resampling.NEAREST, geometry.seen), geometry.place)
     return canvas
 
 
