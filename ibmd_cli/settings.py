@@ -12,16 +12,23 @@ import json
 import math
 import tomllib
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ibmd_cli.errors import UsageError
 
 R = TypeVar("R")
+Layers = list[tuple[str, Mapping[str, Any]]]
+"""Origins and the values of settings that come from them; the first that has a setting decides."""
 UNSET = "default"
 """Origin of a setting that nobody gave."""
+YES_OR_NO = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+JSON_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", Path: "string"}
+BOUNDS = {"at_least": "minimum", "above": "exclusiveMinimum", "below": "exclusiveMaximum", "at_most": "maximum"}
+"""Attribute of a setting → key of a JSON schema."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,7 @@ class Setting:
         default: value of the field.
         help: a whole phrase without a full stop.
         panel: heading in `--help` under which it stands.
-        metavar: what stands for the value in `--help`; by default N for a number, NAME for a text.
+        metavar: what stands for the value in `--help`; with a comma in it, one flag may give several texts so.
         flags: spellings on the command line, where `--name` is not meant, the long one first; one without dashes is an
             argument; () for a setting that only files and variables give.
         choices: the texts that are allowed (a number may be given in their place if the type says so).
@@ -44,7 +51,6 @@ class Setting:
         at_most: largest value.
         shown: the default in words, where the value does not tell it.
         also: flags that people type and mean this one, without dashes.
-        commas: whether one flag may give several texts with commas between them.
         changeable: whether a run may be continued with another value.
     """
 
@@ -62,17 +68,13 @@ class Setting:
     at_most: float | None = None
     shown: str = ""
     also: tuple[str, ...] = ()
-    commas: bool = False
     changeable: bool = False
 
     @property
     def kinds(self) -> list[Any]:
         """Types of the value, without None; of the items, for a tuple."""
-        hint = self.hint
-        if get_origin(hint) is tuple:
-            return [kind for kind in get_args(hint) if kind is not ...]
-        union = get_origin(hint) in (Union, types.UnionType)
-        return [kind for kind in get_args(hint) if kind is not type(None)] if union else [hint]
+        parts = get_args(self.hint) if get_origin(self.hint) in (tuple, Union, types.UnionType) else (self.hint,)
+        return [kind for kind in parts if kind not in (..., type(None))]
 
     @property
     def several(self) -> bool:
@@ -80,24 +82,9 @@ class Setting:
         return get_origin(self.hint) is tuple
 
     @property
-    def switch(self) -> bool:
-        """Whether the flag takes no value."""
-        return self.hint is bool
-
-    @property
     def spellings(self) -> tuple[str, ...]:
         """Flags, the long one first."""
         return (f"--{self.name.replace('_', '-')}",) if self.flags is None else self.flags
-
-    @property
-    def variable(self) -> str:
-        """Environment variable."""
-        return f"IBMD_{self.key.upper()}"
-
-    @property
-    def key(self) -> str:
-        """Name in files: the flag's."""
-        return self.flag.lstrip("-").replace("-", "_")
 
     @property
     def flag(self) -> str:
@@ -105,103 +92,113 @@ class Setting:
         return next((flag for flag in self.spellings if flag.startswith("--")), self.name)
 
     @property
+    def key(self) -> str:
+        """Name in files: the flag's."""
+        return self.flag.lstrip("-").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """Environment variable."""
+        return f"IBMD_{self.key.upper()}"
+
+    @property
     def expected(self) -> str:
         """The values that are allowed, in words."""
-        words = list(filter(None, self.choices))
+        words = ["true", "false"] if bool in self.kinds else list(filter(None, self.choices))
         if set(self.kinds) & {int, float}:
-            whole = "whole " if int in self.kinds else ""
-            number = f"{whole}numbers" if self.several else f"a {whole}number"
-            low, high = self.at_least if self.above is None else self.above, self.at_most
-            more = (
-                f" of at least {low:g}" if self.at_least is not None else f" above {low:g}" if low is not None else ""
-            )
-            more += f"{' and' if more else ''} below {self.below:g}" if self.below is not None else ""
-            more = f" from {low:g} to {high:g}" if high is not None and low is not None else more
-            words = [number + more, *words]
-        elif bool in self.kinds:
-            words = ["true", "false"]
+            number = ("whole " if int in self.kinds else "") + "number"
+            bounds = {"of at least": self.at_least, "above": self.above, "below": self.below, "at most": self.at_most}
+            limits = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+            words.insert(0, f"{f'{number}s' if self.several else f'a {number}'} {limits}".rstrip())
         return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words or ["a text"])
 
-    def convert(self, value: Any, where: str, commas: bool = True) -> Any:
-        """Give `value`, perhaps text, the type of the setting, and check its range.
+    def convert(self, value: Any, where: str = "", commas: bool = True) -> Any:
+        """Give `value` the type of the setting, and check its range; the default is always in range.
 
         Args:
-            value: from a flag, a variable, or a file.
+            value: from a flag, a variable, a file, or Python.
             where: how a message names setting and value.
-            commas: whether commas separate the items of a text.
+            commas: whether commas separate the items of a text, as they always do with numbers.
 
         Raises:
             UsageError: the type or the range is wrong.
         """
+        if type(value) is type(self.default) and value == self.default:
+            return value
         try:
-            if self.several:
-                items = [value] if isinstance(value, str | int | float | Path) else list(value)
-                if self.commas or self.kinds[0] in (int, float) or (commas and isinstance(value, str)):
-                    items = [word for item in items for word in (item.split(",") if isinstance(item, str) else [item])]
-                    items = [word.strip() if isinstance(word, str) else word for word in items]
-                kinds = self.kinds
-                if ... not in get_args(self.hint) and len(items) != len(kinds):
-                    raise ValueError
-                value = tuple(_typed([kinds[min(i, len(kinds) - 1)]], item) for i, item in enumerate(items))
-            elif value is not None:
-                value = _typed(self.kinds, value)
+            if not self.several:
+                return self._typed(value)
+            items = [value] if isinstance(value, str | int | float | Path) else list(value)
+            if "," in self.metavar or self.kinds[0] in (int, float) or (commas and isinstance(value, str)):
+                items = [part.strip() for item in items for part in str(item).split(",")]
+            if ... not in get_args(self.hint) and len(items) != len(self.kinds):
+                raise ValueError
+            return tuple(map(self._typed, items))
         except (TypeError, ValueError):
+            where = where or f"{self.flag} {_spelled(value)}"
             raise UsageError(f"{where}: expected {self.expected}") from None
-        self.check(value, where)
-        return value
 
-    def check(self, value: Any, where: str = "") -> None:
-        """Refuse a value out of range.
-
-        Raises:
-            UsageError: it is.
-        """
-        for item in value if isinstance(value, tuple) else (value,):
-            if item is None or item == self.default:
+    def _typed(self, item: Any) -> Any:
+        """Return an item in the first of the types that it can have."""
+        for kind in self.kinds:
+            if not isinstance(item, str | int | float | Path) or (isinstance(item, bool) and kind is not bool):
                 continue
-            if isinstance(item, int | float) and not isinstance(item, bool):
-                good = (
-                    math.isfinite(item)
-                    and (self.at_least is None or item >= self.at_least)
-                    and (self.above is None or item > self.above)
-                    and (self.below is None or item < self.below)
-                    and (self.at_most is None or item <= self.at_most)
-                )
-            else:
-                good = not self.choices or item in self.choices
-            if not good:
-                raise UsageError(f"{where or f'{self.flag} {item}'}: expected {self.expected}")
+            with suppress(KeyError, ValueError):
+                typed = YES_OR_NO[str(item).lower()] if kind is bool else kind(str(item))
+                if self._allows(typed):
+                    return typed
+        raise ValueError
+
+    def _allows(self, item: Any) -> bool:
+        if isinstance(item, bool) or not isinstance(item, int | float):
+            return isinstance(item, bool) or not self.choices or item in self.choices
+        return (
+            math.isfinite(item)
+            and (self.at_least is None or item >= self.at_least)
+            and (self.above is None or item > self.above)
+            and (self.below is None or item < self.below)
+            and (self.at_most is None or item <= self.at_most)
+        )
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of the value."""
+        kinds: list[dict[str, Any]] = [{"type": JSON_TYPES[kind]} for kind in dict.fromkeys(self.kinds)]
+        for kind in kinds:
+            if kind["type"] in ("integer", "number"):
+                kind |= {word: getattr(self, name) for name, word in BOUNDS.items() if getattr(self, name) is not None}
+            elif self.choices:
+                kind["enum"] = list(self.choices)
+        value = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+        value = {"type": "array", "items": value} if self.several else value
+        return {
+            "description": self.help,
+            **value,
+            **({} if self.default is None else {"default": _plain(self.default)}),
+        }
 
 
 def setting(default: Any, help: str, panel: str, **more: Any) -> Any:
-    """Declare a field of a record as a setting.
-
-    Args:
-        default: of the field.
-        help: a whole phrase without a full stop.
-        panel: heading in `--help`.
-        more: further attributes of `Setting`.
-    """
+    """Declare a field of a record as a setting; `more` are further attributes of `Setting`."""
     return dataclasses.field(default=default, metadata={"setting": {"help": help, "panel": panel, **more}})
 
 
 class Record:
-    """Base of a command's record: its values are checked when it is made.
-
-    Attributes:
-        ORDER: the panels of its settings in the order of `--help`.
-    """
-
-    ORDER: ClassVar[tuple[str, ...]] = ()
+    """Base of a command's record: its values are checked when it is made."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range.
+        """Refuse values of the wrong type or out of range.
 
         Raises:
             UsageError: one is.
         """
-        for known in settings(type(self)):  # type: ignore[arg-type]
-            known.check(getattr(self, known.name))
+        for one in settings(type(self)):  # type: ignore[arg-type]
+            one.convert(getattr(self, one.name), commas=False)
+
+    @classmethod
+    def layered(cls, layers: Layers) -> Layers:
+        """Return the layers of values, with those that follow from what was given: none, but for some records."""
+        return layers
 
 
 @cache
@@ -214,30 +211,20 @@ def settings(record: Any) -> tuple[Setting, ...]:
     )
 
 
-class Layer(NamedTuple):
-    """Values of settings that come from one origin; `where` spells one of them for a message."""
-
-    origin: str
-    values: Mapping[str, Any]
-    where: Callable[[Setting, Any], str]
-
-
 def resolve(
     record: type[R],
     flags: Mapping[str, Any],
     environ: Mapping[str, str],
     file: Path | None = None,
-    further: Callable[[Callable[[str], Any]], Iterable[tuple[str, Mapping[str, Any]]]] | None = None,
     others: Iterable[Setting] = (),
 ) -> tuple[R, dict[str, str]]:
-    """Resolve every setting: its flag, else the environment, else the file, else what `further` says, else the default.
+    """Resolve every setting: its flag, else the environment, else the file, else the record's layers, else the default.
 
     Args:
         record: of the command.
         flags: name → value given on the command line; None means not given.
         environ: the environment; an empty variable counts as unset.
         file: of `--config` (TOML or JSON), or None.
-        further: from a function that looks up what was given, more origins and their values.
         others: settings of other records, which the file may hold, too.
 
     Returns:
@@ -247,33 +234,30 @@ def resolve(
         UsageError: an unknown name, or a value of the wrong type or out of range.
     """
     known = {one.name: one for one in settings(record)}  # type: ignore[arg-type]
-    given = {name: value for name, value in flags.items() if value is not None and value != ()}
-    layers = [Layer("flag", given, lambda one, value: f"{one.flag} {_spelled(value)}")]
-    variables = {name: environ[one.variable] for name, one in known.items() if environ.get(one.variable)}
-    layers.append(Layer("environment", variables, lambda one, value: f"{one.variable}={value}"))
+    layers: Layers = [
+        ("flag", {name: flags[name] for name in known if flags.get(name) not in (None, (), [])}),
+        ("environment", {name: environ[one.variable] for name, one in known.items() if environ.get(one.variable)}),
+    ]
     if file is not None:
-        content = _read(file)
-        keys = {one.key: one.name for one in (*known.values(), *others)}
+        content, keys = _read(file), {one.key: one for one in (*others, *known.values())}
         if unknown := [key for key in content if key not in keys]:
-            raise UsageError(
-                f"--config {file}: no setting {unknown[0]!r}{nearest_flag(unknown[0], [*known.values(), *others])}"
-            )
-        content = {keys[key]: value for key, value in content.items() if keys[key] in known}
-        layers.append(Layer(f"config {file}", content, lambda one, value: f"--config {file}, {one.key} = {value!r}"))
-
-    def given_value(name: str) -> Any:
-        return next((layer.values[name] for layer in layers if name in layer.values), None)
-
-    for origin, values in further(given_value) if further else ():
-        layers.append(Layer(origin, values, lambda one, value: f"{one.flag} {_spelled(value)}"))
+            raise UsageError(f"--config {file}: no setting {unknown[0]!r}{nearest_flag(unknown[0], keys.values())}")
+        names = {keys[key].name: value for key, value in content.items()}
+        layers.append((f"config {file}", {name: value for name, value in names.items() if name in known}))
     result: dict[str, Any] = {}
     origins = dict.fromkeys(known, UNSET)
-    for origin, values, where in reversed(layers):
+    for origin, values in reversed(record.layered(layers)):  # type: ignore[attr-defined]
         for name, value in values.items():
-            commas = origin != "flag"
-            result[name] = known[name].convert(value, where(known[name], value), commas)
+            result[name] = known[name].convert(value, _where(known[name], origin, value), origin != "flag")
             origins[name] = origin
     return record(**result), origins
+
+
+def _where(one: Setting, origin: str, value: Any) -> str:
+    """Name a setting and its value as its origin spells them."""
+    if origin.startswith("config "):
+        return f"--{origin}, {one.key} = {value!r}"
+    return f"{one.variable}={value}" if origin == "environment" else f"{one.flag} {_spelled(value)}"
 
 
 def check_variables(environ: Mapping[str, str], records: Iterable[type]) -> None:
@@ -292,16 +276,11 @@ def check_variables(environ: Mapping[str, str], records: Iterable[type]) -> None
 
 def nearest_flag(name: str, known: Iterable[Setting]) -> str:
     """Return "; did you mean …?" for a setting that does not exist, or nothing if none is near."""
-    known = list(known)
     wanted = name.lstrip("-").replace("_", "-")
     spelled = {one.flag.lstrip("-"): one for one in known}
-    meant = next((one for one in known if wanted in one.also), None)
-    near = difflib.get_close_matches(wanted, spelled, n=1, cutoff=0.6)
-    if meant is None and near:
-        meant = spelled[near[0]]
-    if meant is None:
-        return ""
-    return f"; did you mean {meant.flag if name.startswith('-') else repr(meant.key)}?"
+    meant = [one for one in spelled.values() if wanted in one.also]
+    meant += [spelled[near] for near in difflib.get_close_matches(wanted, spelled, n=1)]
+    return f"; did you mean {meant[0].flag if name.startswith('-') else repr(meant[0].key)}?" if meant else ""
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -311,21 +290,7 @@ def to_json(record: Any) -> dict[str, Any]:
 
 def json_schema(known: Iterable[Setting]) -> dict[str, Any]:
     """Return the JSON schema of `--config` files of a command with these settings."""
-    names = {int: "integer", float: "number", bool: "boolean", str: "string", Path: "string"}
-    bounds = {"at_least": "minimum", "above": "exclusiveMinimum", "below": "exclusiveMaximum", "at_most": "maximum"}
-    properties: dict[str, Any] = {}
-    for one in known:
-        kinds: list[dict[str, Any]] = [{"type": names[kind]} for kind in one.kinds]
-        for kind in kinds:
-            if kind["type"] in ("integer", "number"):
-                kind |= {word: getattr(one, name) for name, word in bounds.items() if getattr(one, name) is not None}
-            elif one.choices:
-                kind["enum"] = list(one.choices)
-        value = kinds[0] if len(kinds) == 1 or one.several else {"anyOf": kinds}
-        value = {"type": "array", "items": value} if one.several else value
-        default = {} if one.default is None else {"default": _plain(one.default)}
-        properties[one.key] = {"description": one.help, **value, **default}
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    return {"type": "object", "properties": {one.key: one.schema for one in known}, "additionalProperties": False}
 
 
 def _plain(value: Any) -> Any:
@@ -336,37 +301,6 @@ def _plain(value: Any) -> Any:
 
 def _spelled(value: Any) -> str:
     return (",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)) or "''"
-
-
-def _typed(kinds: list[Any], value: Any) -> Any:
-    """Return a value in the first of the types that it can have.
-
-    Raises:
-        ValueError: it can have none.
-    """
-    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    for kind in kinds:
-        if kind is bool:
-            if isinstance(value, bool):
-                return value
-            if str(value).lower() in words:
-                return words[str(value).lower()]
-        elif isinstance(value, bool) or not isinstance(value, str | int | float | Path):
-            continue
-        elif kind is int:
-            if not isinstance(value, float) or value.is_integer():
-                try:
-                    return int(value)  # type: ignore[arg-type]
-                except ValueError:
-                    continue
-        elif kind is float:
-            try:
-                return float(value)  # type: ignore[arg-type]
-            except ValueError:
-                continue
-        else:
-            return kind(value)
-    raise ValueError(value)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,19 +1,17 @@
 """`ibmd distill`."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
 
 import typer
 
-from ibmd_cli.cli.commands import Common, Given, command, spread
+from ibmd_cli.cli.commands import Common, command, start_processes
 from ibmd_cli.cli.show import print_json, show_plan, show_teachers
 from ibmd_cli.processes import this_process
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.settings import Record, setting
-from ibmd_cli.training.config import CONTENTS, DistillConfig, resolve
+from ibmd_cli.training.config import CONTENTS, DistillConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class DistillRun(Record):
     "ibmd distill --data drawings/ --out runs/mine --steps 1000",
     "ibmd distill --processes all      # one process a GPU",
 )
-def distill(given: Annotated[Given, DistillConfig], run: DistillRun, common: Common) -> None:
+def distill(config: DistillConfig, run: DistillRun, common: Common, origins: dict[str, str]) -> None:
     """Distil a diffusion-bridge teacher into a student of one or a few steps, from source images alone.
 
     The same command again continues an interrupted run. Defaults are the paper's; a known teacher has a preset that
@@ -51,7 +49,6 @@ def distill(given: Annotated[Given, DistillConfig], run: DistillRun, common: Com
         from ibmd_cli.models.teachers import list_teachers
 
         return show_teachers(list_teachers(), common.as_json)
-    config, origins = resolve(given.flags, os.environ, given.file, given.others)
     if origins["preset"] == CONTENTS:
         reporter.note(f"{config.teacher} is {config.preset}: its preset is used (--preset ALIAS names another)")
     out = run.out or Path("runs") / Path(config.teacher.rpartition(":")[2]).name.removesuffix(".pt")
@@ -61,7 +58,7 @@ def distill(given: Annotated[Given, DistillConfig], run: DistillRun, common: Com
         from ibmd_cli.data.download import fetch
 
         fetch(config.data, reporter, run.yes)
-    device = spread(run.processes, run.device)
+    device = start_processes(run.processes, run.device)
     from ibmd_cli.training.loop import distill
 
     student = distill(config, origins, out, device, run.resume, reporter)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ibmd_cli.cli.commands import Common, command, spread
+from ibmd_cli.cli.commands import Common, command, start_processes
 from ibmd_cli.cli.show import print_json, show
 from ibmd_cli.evaluation.config import EvalConfig
 from ibmd_cli.processes import this_process
@@ -31,7 +31,7 @@ def evaluate(config: EvalConfig, run: EvalRun, common: Common) -> None:
 
     With --out, the same command again continues an interrupted evaluation.
     """
-    spread(run.processes, config.device)
+    start_processes(run.processes, config.device)
     from ibmd_cli.evaluation.evaluate import evaluate
     from ibmd_cli.evaluation.tables import layout
 

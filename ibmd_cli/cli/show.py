@@ -1,17 +1,16 @@
 """Tables that commands print on stdout."""
 
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import typer
 
-from ibmd_cli.cli.help import WIDEST, heading, rows
 from ibmd_cli.reporting import counted, is_plain, is_unicode
 from ibmd_cli.settings import settings, to_json
+
+SITES = {"hf": "the Hub", "https": "Google Drive", "embedded": "this package"}
 
 
 def print_json(value: Any, indent: int | None = None) -> None:
@@ -19,49 +18,83 @@ def print_json(value: Any, indent: int | None = None) -> None:
     typer.echo(json.dumps(value, ensure_ascii=not is_unicode(sys.stdout), indent=indent))
 
 
+def show(what: Any) -> None:
+    """Print something of rich on stdout."""
+    from rich.console import Console
+
+    Console(force_terminal=False if is_plain(sys.stdout) else None, highlight=False).print(what)
+
+
+def _show_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and texts in two columns, as wide as the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold", max_width=36)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(Text(f"  {row[0]}", style="cyan"), Text(row[1]))
+    show(Text(title, style="bold"))
+    show(table)
+
+
 def show_teachers(known: list[dict[str, Any]], as_json: bool) -> None:
     """Print the teachers that are known."""
     if as_json:
         return print_json({"schema": 1, "teachers": known})
-    sites = {"hf": "the Hub", "https": "Google Drive", "embedded": "this package"}
-    _print(
+    _show_rows(
         "Teachers that --teacher takes (--json tells files, parameters and data, too)",
         (
             (
                 row["teacher"],
-                f"{row['task']}, {row['pixels']} px, {row['kind']}, {_size(row['bytes'])} from "
-                f"{sites[row['source'].partition(':')[0]]}, {row['licence']}"
-                + ", in the paper"
-                * bool(row["paper_row"]),
+                f"{row['task']}, {row['pixels']} px, {row['kind']}, "
+                f"{_size(row['bytes'])} from {SITES[row['source'].partition(':')[0]]}, {row['licence']}"
+                f"{', in the paper' * bool(row['paper_row'])}",
             )
             for row in known
         ),
-        36,
+    )
+
+
+def show_exports(reports: list[dict[str, Any]]) -> None:
+    """Print how exported files compare with their student."""
+    _show_rows(
+        "Files, and how they differ from the student",
+        (
+            (
+                report["output"],
+                f"{_size(report['bytes'])}, largest difference {report['max_difference']:.2g}, "
+                f"PSNR {'equal' if report['psnr'] is None else format(report['psnr'], '.1f') + ' dB'}, "
+                f"{report['ms_per_image']['exported']:.2f} ms/image (student: {report['ms_per_image']['student']:.2f})",
+            )
+            for report in reports
+        ),
     )
 
 
 def show_plan(plan: dict[str, Any], config: Any, origins: Mapping[str, str], as_json: bool) -> None:
     """Print what a distillation would take, and which settings are not the default."""
     if as_json:
-        return print_json({"schema": 1, "settings": to_json(config), "origins": origins, "plan": plan})
-    changed = [
-        (one.key, f"{_value(getattr(config, one.name))} ({origins[one.name]})")
-        for one in settings(config.__class__)
-        if getattr(config, one.name) != one.default
-    ]
-    _print("Plan", _planned(plan, config), 14)
-    if changed:
-        typer.echo()
-        _print("Settings that are not the default", changed, 20)
+        known = to_json(config)
+        return print_json(
+            {"schema": 1, "settings": known, "origins": {name: origins[name] for name in known}, "plan": plan}
+        )
+    _show_rows("Plan", _planned(plan, config))
+    every = {one: getattr(config, one.name) for one in settings(config.__class__)}
+    if changed := [
+        (one.key, f"{_value(value)} ({origins[one.name]})") for one, value in every.items() if value != one.default
+    ]:
+        _show_rows("\nSettings that are not the default", changed)
 
 
 def _planned(plan: dict[str, Any], config: Any) -> list[tuple[str, str]]:
     """Return what a distillation would take, in words."""
-    images, several = plan["images per update"], plan["processes"] > 1
+    several, number = plan["processes"] > 1, plan["parameters of the teacher"]
     memory = f"about {_size(plan['memory of each process, bytes'])} on {plan['device']}"
-    auto = "auto" in str(plan["micro-batch"])
+    memory += " for one image at a time" * ("auto" in str(plan["micro-batch"])) + " in each process" * several
     return [
-        ("teacher", f"{config.teacher}, {_millions(plan['parameters of the teacher'])} parameters"),
+        ("teacher", f"{config.teacher}, {f'{number / 1e6:.3g} million' if number >= 1e6 else number} parameters"),
         *(("data", line) for line in plan["data"] or [", ".join(config.data) or "none: give --data FOLDER"]),
         *(("sizes", line) for line in plan["sizes"]),
         (
@@ -69,8 +102,8 @@ def _planned(plan: dict[str, Any], config: Any) -> list[tuple[str, str]]:
             f"{counted(config.nfe, 'network call')} an image, {plan['image size']}×{plan['image size']} pixels",
         ),
         ("updates", f"{config.steps:,} of the student, {plan['updates of the bridge model']:,} of the bridge model"),
-        ("images", f"{images:,} per update" + (f", in {plan['processes']} processes" if several else "")),
-        ("memory", memory + " for one image at a time" * auto + " in each process" * several),
+        ("images", f"{plan['images per update']:,} per update" + f", in {plan['processes']} processes" * several),
+        ("memory", memory),
         *(
             ("download", f"{' and '.join(f['files'])} of {f['url']}, about {_size(f['bytes'])}, {f['how']}")
             for f in plan["files to download"]
@@ -78,17 +111,6 @@ def _planned(plan: dict[str, Any], config: Any) -> list[tuple[str, str]]:
         ("time", f"about {_time(plan['seconds'])} on this machine" if plan["seconds"] else "not tried on this machine"),
         ("run folder", plan["run folder"]),
     ]
-
-
-def _print(title: str, lines: Iterable[tuple[str, str]], column: int) -> None:
-    """Print names and texts in two columns, as wide as the terminal."""
-    width, plain = min(shutil.get_terminal_size().columns, WIDEST), is_plain(sys.stdout)
-    titles = [heading(line, plain) for line in textwrap.wrap(title, width)]
-    typer.echo("\n".join([*titles, *rows(lines, width, column, plain)]))
-
-
-def _millions(number: int) -> str:
-    return f"{number / 1e6:.3g} million" if number >= 1e6 else f"{number:,}"
 
 
 def _size(size: float) -> str:
@@ -107,27 +129,3 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def show_exports(reports: list[dict[str, Any]]) -> None:
-    """Print how exported files compare with their student."""
-    _print(
-        "Files, and how they differ from the student",
-        (
-            (
-                report["output"],
-                f"{_size(report['bytes'])}, largest difference {report['max_difference']:.2g}, "
-                f"PSNR {'equal' if report['psnr'] is None else format(report['psnr'], '.1f') + ' dB'}, "
-                f"{report['ms_per_image']['exported']:.2f} ms/image (student: {report['ms_per_image']['student']:.2f})",
-            )
-            for report in reports
-        ),
-        44,
-    )
-
-
-def show(what: Any, width: int | None = None) -> None:
-    """Print something of rich on stdout."""
-    from rich.console import Console
-
-    Console(force_terminal=False if is_plain(sys.stdout) else None, width=width).print(what)

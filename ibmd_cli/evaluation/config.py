@@ -35,7 +35,7 @@ class EvalConfig(Record):
     protocol: str | None = _metrics(None,
         "Measure as published: ddbm-e2h, ddbm-diode, dbim-inpaint, i2sb-sr or i2sb-restore")
     metrics: tuple[str, ...] = _metrics((), "What to measure (repeatable), e.g. fid,lpips_vgg", flags=("--metric",),
-        metavar="NAME,...", shown="what needs no download", commas=True, also=("metrics",))
+        metavar="NAME,...", shown="what needs no download", also=("metrics",))
     weights: tuple[Path, ...] = _metrics((), "File or folder of weights of Inception, VGG16, ... (repeatable)",
         metavar="PATH")
     fetch: bool = _metrics(False, "Download weights that are not there", also=("download",))

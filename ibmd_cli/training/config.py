@@ -6,15 +6,16 @@ teacher's preset (`presets.toml`), the default of `DistillConfig`, which is the 
 
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ibmd_cli import settings
 from ibmd_cli.errors import UsageError
-from ibmd_cli.settings import Record, setting, to_json
+from ibmd_cli.settings import Layers, Record, setting, to_json
 
 AUTO = "auto"
 """Of `micro_batch`."""
@@ -121,35 +122,26 @@ class DistillConfig(Record):
                 f"--masks {self.masks}: only free-form masks come from a file: --degrade inpaint-freeform…"
             )
 
+    @classmethod
+    def layered(cls, layers: Layers) -> Layers:
+        """Return the layers with the preset of the teacher, which a published checkpoint tells itself.
 
-def resolve(
-    flags: Mapping[str, Any],
-    environ: Mapping[str, str],
-    file: Path | None,
-    others: tuple[settings.Setting, ...] = (),
-) -> tuple[DistillConfig, dict[str, str]]:
-    """Resolve every setting, from the preset of the teacher, too, which a published checkpoint tells itself.
-
-    Args, Returns and Raises are those of `settings.resolve`.
-    """
-    preset: dict[str, Any] = {}
-
-    def presets(given: Callable[[str], Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        teacher, alias = given("teacher") or DistillConfig.teacher, given("preset")
+        Raises:
+            UsageError: --data preset, for a teacher that has no data of its own.
+        """
+        given = ChainMap(*(dict(values) for _, values in layers))
+        teacher, alias = given.get("teacher", cls.teacher), given.get("preset")
         if not alias and os.path.exists(teacher):
             from ibmd_cli.models.teachers import recognise_file  # imports PyTorch
 
             if alias := recognise_file(teacher):
-                yield CONTENTS, {"preset": alias}
-        preset.update(_preset(f"hub:{alias}" if alias else teacher, given("nfe")))
-        yield "preset", preset
-
-    config, origins = settings.resolve(DistillConfig, flags, environ, file, presets, others)
-    if config.data == ("preset",):
-        if "data" not in preset:
-            raise UsageError(f"--data preset: {config.teacher} has no data of its own: give a folder of images")
-        config, origins["data"] = replace(config, data=tuple(preset["data"])), "preset"
-    return config, origins
+                layers = [*layers, (CONTENTS, {"preset": alias})]
+        preset = _preset(f"hub:{alias}" if alias else teacher, given.get("nfe"))
+        if given.get("data") in ("preset", ["preset"], ("preset",)):
+            if "data" not in preset:
+                raise UsageError(f"--data preset: {teacher} has no data of its own: give a folder of images")
+            layers = [("preset", {"data": preset["data"]}), *layers]
+        return [*layers, ("preset", preset)]
 
 
 def _preset(teacher: str, nfe: Any) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def open_run(
         }
         with writing(file), atomic_file(file) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    with file.open() as held:
+    with file.open("rb") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, or the process dies
         except BlockingIOError as error:

@@ -1,12 +1,12 @@
 """Help texts: in panels, as narrow as the terminal, of whole phrases, with what to type first."""
 
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
-from typer.testing import CliRunner
 
-from ibmd_cli.cli import app
-from ibmd_cli.cli.commands import RECORDS, settings_of
+from ibmd_cli.cli.commands import RECORDS, run_command, settings_of
 from ibmd_cli.errors import UsageError
 
 RESEARCH = [
@@ -16,24 +16,34 @@ RESEARCH = [
 
 
 def help_of(*command: str, width: int = 80) -> str:
-    result = CliRunner(env={"COLUMNS": str(width)}).invoke(app, [*command, "--help"])
-    assert result.exit_code == 0
-    return result.stdout
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as written:
+        patch.setenv("COLUMNS", str(width))
+        assert run_command([*command, "--help"]) == 0
+    return written.getvalue()
 
 
 def panels(text: str) -> dict[str, str]:
-    parts = re.split(r"\n\n(?=[A-Z][A-Za-z ]+\n  )", text)
-    return {part.partition("\n")[0]: part for part in parts}
+    parts = re.split(r"\n\n(?=[A-Z][A-Za-z ]+:\n  )", text)
+    return {part.partition(":\n")[0]: part for part in parts}
+
+
+def told(*arguments: str) -> str:
+    """What is said of arguments that are wrong."""
+    with pytest.raises(UsageError) as error:
+        run_command([*arguments])
+    assert error.value.exit_code == 2
+    return str(error.value)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in RECORDS)], ids=lambda command: "".join(command) or "ibmd")
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_line_is_wider_than_the_terminal_or_cut(command: list[str], width: int):
     text = help_of(*command, width=width)
-    options, _, examples = text.partition("\nExamples:\n")
+    options, _, examples = text.partition("\n  Examples:\n")
     assert [line for line in options.splitlines() if len(line) > width] == []
     assert [line for line in examples.splitlines() if len(line) > 80] == []  # commands are not broken
     assert "…" not in text
+    assert not re.search(r"\w\.\.\.$", options, re.M)
     assert "\x1b" not in text
 
 
@@ -81,7 +91,7 @@ def test_values_are_named_in_one_style(command: str):
 
 @pytest.mark.parametrize("command", RECORDS)
 def test_examples_are_commands_that_the_program_knows(command: str):
-    lines = help_of(command).partition("\nExamples:\n")[2].strip().splitlines()
+    lines = help_of(command).partition("\n  Examples:\n")[2].strip().splitlines()
     assert lines
     for line in lines:
         typed = line.partition("#")[0]
@@ -126,9 +136,7 @@ MEANT = [
 
 @pytest.mark.parametrize(("command", "typed", "meant"), MEANT)
 def test_a_flag_that_does_not_exist_names_the_one_that_was_meant(command: str, typed: str, meant: str):
-    result = CliRunner().invoke(app, [command, typed, "3"])
-    assert isinstance(result.exception, UsageError)
-    assert str(result.exception) == f"{typed}: ibmd {command} has no such option; did you mean {meant}?"
+    assert told(command, typed, "3") == f"{typed}: ibmd {command} has no such option; did you mean {meant}?"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,4 @@ def test_a_flag_that_does_not_exist_names_the_one_that_was_meant(command: str, t
     ],
 )
 def test_usage_errors_have_the_form_of_all_others(arguments: list[str], message: str):
-    result = CliRunner().invoke(app, arguments)
-    assert isinstance(result.exception, UsageError)
-    assert result.exception.exit_code == 2
-    assert str(result.exception) == message
+    assert told(*arguments) == message

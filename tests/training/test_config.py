@@ -7,14 +7,15 @@ import pytest
 
 from ibmd_cli.errors import UsageError
 from ibmd_cli.models.catalogue import published
-from ibmd_cli.training.config import DistillConfig, changed_settings, load_presets, resolve, to_json
+from ibmd_cli.settings import resolve, to_json
+from ibmd_cli.training.config import DistillConfig, changed_settings, load_presets
 
 
 def test_precedence_and_origins(tmp_path: Path):
     file = tmp_path / "run.toml"
     file.write_text("steps = 7\nlr = 3e-4\nseed = 5\n")
     environ = {"IBMD_STEPS": "9", "IBMD_LR": "2e-4", "IBMD_BETAS": "0.1,0.2"}
-    config, origins = resolve({"steps": 11, "ema": None}, environ, file)
+    config, origins = resolve(DistillConfig, {"steps": 11, "ema": None}, environ, file)
     assert (config.steps, origins["steps"]) == (11, "flag")
     assert (config.lr, origins["lr"]) == (2e-4, "environment")
     assert (config.seed, origins["seed"]) == (5, f"config {file}")
@@ -24,7 +25,7 @@ def test_precedence_and_origins(tmp_path: Path):
 
 
 def test_preset_belongs_to_its_teacher():
-    config, origins = resolve({"teacher": "some/folder"}, {}, None)
+    config, origins = resolve(DistillConfig, {"teacher": "some/folder"}, {}, None)
     assert set(origins.values()) == {"flag", "default"}
     # Table 7 of the paper: batch 256, EMA 0.99, L = 5; uniform t and per-pixel z
     assert (config.batch_size, config.ema, config.bridge_steps) == (256, 0.99, 5)
@@ -40,7 +41,7 @@ DATA_SETS = {
 def test_presets_are_valid_settings():
     for teacher, values in load_presets().items():
         kind, _, name = teacher.partition(":")
-        config, _ = resolve({"teacher": teacher}, {}, None)
+        config, _ = resolve(DistillConfig, {"teacher": teacher}, {}, None)
         assert set(values) - {"by_nfe"} <= set(DistillConfig.__annotations__)
         assert config.data == ((teacher,) if kind == "builtin" else (f"dataset:{DATA_SETS[name]}",)), teacher
         if kind == "hub":
@@ -48,10 +49,12 @@ def test_presets_are_valid_settings():
 
 
 def test_data_of_the_preset_by_name():
-    config, origins = resolve({"teacher": "hub:ddbm-diode", "data": ("preset",)}, {"IBMD_DATA": "mine"}, None)
+    config, origins = resolve(
+        DistillConfig, {"teacher": "hub:ddbm-diode", "data": ("preset",)}, {"IBMD_DATA": "mine"}, None
+    )
     assert (config.data, origins["data"]) == (("dataset:diode",), "preset")
     with pytest.raises(UsageError, match="--data preset: somewhere/mine has no data of its own"):
-        resolve({"teacher": "somewhere/mine", "data": ("preset",)}, {}, None)
+        resolve(DistillConfig, {"teacher": "somewhere/mine", "data": ("preset",)}, {}, None)
 
 
 TABLE_7 = [  # teacher, N, L, learning rate, student updates, z
@@ -72,9 +75,9 @@ TABLE_7 = [  # teacher, N, L, learning rate, student updates, z
 def test_presets_are_the_rows_of_the_paper(row: tuple):
     """Table 7 of arXiv:2502.01362v2; the same for the teacher's own file with its alias as the preset."""
     alias, nfe, bridge_steps, lr, steps, noise = row
-    flags = {} if nfe == resolve({"teacher": f"hub:{alias}"}, {}, None)[0].nfe else {"nfe": nfe}
+    flags = {} if nfe == resolve(DistillConfig, {"teacher": f"hub:{alias}"}, {}, None)[0].nfe else {"nfe": nfe}
     for teacher in ({"teacher": f"hub:{alias}"}, {"teacher": "files/x.pt", "preset": alias}):
-        config, _ = resolve({**teacher, **flags}, {}, None)
+        config, _ = resolve(DistillConfig, {**teacher, **flags}, {}, None)
         assert (config.nfe, config.bridge_steps, config.steps, config.noise) == (nfe, bridge_steps, steps, noise)
         assert (config.lr, config.bridge_lr, config.batch_size, config.ema) == (lr, lr, 256, 0.99)
         assert (config.noise_channels, config.noise_grid, config.t_power, config.weight_power) == (3, 0, 1.0, 2.0)
@@ -94,7 +97,7 @@ def test_presets_are_the_rows_of_the_paper(row: tuple):
 )
 def test_values_out_of_range(flags: dict, message: str):
     with pytest.raises(UsageError, match=message):
-        resolve(flags, {}, None)
+        resolve(DistillConfig, flags, {}, None)
 
 
 @pytest.mark.parametrize(
@@ -114,17 +117,17 @@ def test_bad_config_file(tmp_path: Path, text: str, message: str):
     file = tmp_path / "run.toml"
     file.write_text(text)
     with pytest.raises(UsageError, match=message):
-        resolve({}, {}, file)
+        resolve(DistillConfig, {}, {}, file)
 
 
 def test_json_round_trip(tmp_path: Path):
-    config, _ = resolve({"steps": 3, "data": ("a", "b"), "noise": False}, {}, None)
+    config, _ = resolve(DistillConfig, {"steps": 3, "data": ("a", "b"), "noise": False}, {}, None)
     file = tmp_path / "run.json"
     file.write_text(json.dumps(to_json(config)))
-    assert resolve({}, {}, file)[0] == config
+    assert resolve(DistillConfig, {}, {}, file)[0] == config
 
 
 def test_differences_name_what_changed_but_not_what_may():
-    config, _ = resolve({"lr": 1e-4, "keep": 3, "recompute": True}, {}, None)
-    other, _ = resolve({"lr": 2e-4, "keep": 4, "recompute": False}, {}, None)
+    config, _ = resolve(DistillConfig, {"lr": 1e-4, "keep": 3, "recompute": True}, {}, None)
+    other, _ = resolve(DistillConfig, {"lr": 2e-4, "keep": 4, "recompute": False}, {}, None)
     assert changed_settings(config, to_json(other)) == ["lr: 0.0002 there, 0.0001 here"]
