@@ -1,5 +1,6 @@
 """Names for files that are no images or not of a kind that is read, and for Pillow's errors, with what mends each."""
 
+import re
 import struct
 from typing import Any, BinaryIO
 
@@ -27,6 +28,8 @@ def refusal(stream: BinaryIO) -> str:
         return _named(*known)
     if head[4:8] == b"ftyp":
         return _named(*(_by_beginning("brands", head[8:]) or table("brands")[""]))
+    if head[257:262] == b"ustar":
+        return _named("a tar archive", "unpack it (tar xf) and give the images in it")
     return _text(head) or f"not an image, or a damaged one: {EXPECTED}"
 
 
@@ -54,7 +57,9 @@ def _form(head: bytes) -> str | None:
     """Return the format, of those that are read, that a file begins like."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
-    form: str | None = "AVIF" if head[4:12] in (b"ftypavif", b"ftypavis") else _by_beginning("formats", head)
+    if head[4:8] == b"ftyp" and (b"avif" in head[8:40] or b"avis" in head[8:40]):
+        return "AVIF"
+    form: str | None = _by_beginning("formats", head)
     return form
 
 
@@ -101,15 +106,13 @@ def _tiff_kind(stream: BinaryIO, reason: str) -> str:
 
 def _text(head: bytes) -> str:
     """Name what is text; nothing if it is none."""
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if b"<svg" in start and start.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")):
+    text = head.decode("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", "replace")
+    start = text.lstrip("\ufeff").lstrip().lower()
+    if "<svg" in start and start.startswith(("<svg", "<?xml", "<!--", "<!doctype svg")):
         return _named("an SVG drawing", "convert it to PNG first: rsvg-convert IN.svg -o OUT.png")
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in start[:1000]:
+    if start.startswith(("<!doctype html", "<html", "<head", "<body")) or "<html" in start[:1000]:
         return _named("an HTML page (a download that failed?)", "fetch the file itself")
-    if start.startswith((b"{", b"[")) or start.startswith(b"<?xml"):
-        return _named(f"{'an XML' if start[:1] == b'<' else 'a JSON'} file")
-    try:
-        text = head.decode("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
-    except UnicodeDecodeError as error:
-        text = head[: error.start].decode() if error.start > 4092 else "\0"  # a character that was cut
-    return _named("a text file") if all(c.isprintable() or c.isspace() for c in text) else ""
+    if start.startswith("<?xml") or re.match(r'\{\s*["}]|\[\s*["{\[\]\d-]', start):
+        return _named(f"{'an XML' if start[0] == '<' else 'a JSON'} file")
+    text = text.rstrip("\ufffd")  # a character that was cut
+    return _named("a text file") if text and all(c.isprintable() or c.isspace() for c in text) else ""

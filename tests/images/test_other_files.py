@@ -1,9 +1,11 @@
 """Files that are no images, or not of a kind that is read, are named as what they are, with what mends it."""
 
+import base64
 import io
 import shutil
 import struct
 import subprocess
+import tarfile
 import zipfile
 import zlib
 
@@ -14,9 +16,15 @@ from PIL import Image, features
 
 from ibmd_cli.images.other_files import EXPECTED
 
+PNG, JPEG = (file_of(quarters(), form) for form in ("PNG", "JPEG"))
 
-def archive() -> bytes:
+
+def archive(kind: str = "zip") -> bytes:
     content = io.BytesIO()
+    if kind == "tar":
+        with tarfile.open(fileobj=content, mode="w") as tar:
+            tar.addfile(tarfile.TarInfo("a.png"))
+        return content.getvalue()
     with zipfile.ZipFile(content, "w") as file:
         file.writestr("a.png", b"x")
     return content.getvalue()
@@ -70,6 +78,21 @@ OTHERS = {
     "text in UTF-16": ("hello".encode("utf-16"), "not an image but a text file", EXPECTED),
     "json": (b'{"error": "not found"}', "not an image but a JSON file", EXPECTED),
     "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "not an image but an XML file", EXPECTED),
+    "rtf": (rb"{\rtf1\ansi hello}", "not an image but an RTF document", "make an image"),
+    "ini": (b"[InternetShortcut]\r\nURL=https://example.org\r\n", "not an image but a text file", EXPECTED),
+    "svg in UTF-16": (SVG.encode("utf-16"), "an SVG drawing", "rsvg-convert"),
+    "html in Latin-1": ("<html><title>Größe".encode("latin-1"), "not an image but an HTML page", "fetch the file"),
+    "git-annex": (b"/annex/objects/SHA256E-s1--00.png\n", "not an image but a git-annex pointer", "git annex get"),
+    "tar": (archive("tar"), "not an image but a tar archive", "unpack it"),
+    "png with Unix line ends": (PNG.replace(b"\r\n", b"\n"), "a PNG image whose line ends", "as binary"),
+    "png with Windows line ends": (PNG.replace(b"\n", b"\r\n"), "a PNG image whose line ends", "as binary"),
+    "png written as UTF-8": (PNG.decode("latin-1").encode(), "a PNG image that was taken for text", "as binary"),
+    "jpeg written as UTF-8": (JPEG.decode("latin-1").encode(), "a JPEG image that was taken for text", "as binary"),
+    "jpeg read as UTF-8": (JPEG.decode("utf-8", "replace").encode(), "an image (JPEG?) that was", "as binary"),
+    "png behind a BOM": (b"\xef\xbb\xbf" + PNG, "a PNG image behind a byte order mark", "tail -c +4"),
+    "png in Base64": (base64.b64encode(PNG), "a PNG image as Base64 text", "base64 -d"),
+    "jpeg in Base64": (base64.b64encode(JPEG), "a JPEG image as Base64 text", "base64 -d"),
+    "AppleDouble": (b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(60), "not an image but macOS's data", "give the file"),
     "unknown bytes": (bytes(range(128, 256)) * 9, "not an image, or a damaged one", EXPECTED),
     "a program": (b"\x7fELF\2\1\1" + bytes(90), "not an image but a program", EXPECTED),
 }
