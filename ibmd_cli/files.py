@@ -18,6 +18,8 @@ from ibmd_cli.errors import IbmdError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Codes of the errors after which no other file can be written either: the disk is full, or the user's share of it."""
+NAME_MAX = 255
+"""Bytes of the longest names that file systems have."""
 _MENDS = {
     errno.EACCES: "check its permissions, or choose another place",
     errno.EPERM: "check its permissions, or choose another place",
@@ -39,10 +41,18 @@ def why(error: OSError) -> str:
 def is_stream(path: Path | str) -> bool:
     """Tell whether a path is a FIFO or a character device: what is written into it replaces nothing."""
     try:
-        mode = os.stat(path).st_mode
+        mode = _mode(path)
     except OSError:
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+def _mode(path: Path | str) -> int:
+    """Return the type and mode of a file, through links; 0 if there is none."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return 0
 
 
 def unwritable(path: Path) -> str:
@@ -52,31 +62,18 @@ def unwritable(path: Path) -> str:
     name.
     """
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        mode = _mode(path)
         if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
             return f"is a {'socket' if stat.S_ISSOCK(mode) else 'block device'}: give the name of a file"
-        if stat.S_ISREG(mode):
+        if stat.S_ISDIR(mode):
+            raise _error(errno.EISDIR)
+        if not is_stream(path):
             path = Path(os.path.realpath(path))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        return f"cannot be written {why(error)}"
-    return "" if is_stream(path) else unwritable_folder(path.parent, path.name)
-
-
-def unwritable_folder(folder: Path, name: str = "") -> str:
-    """Say why no file can be written into a folder, or into the one that is to be made; see `unwritable`."""
-    above, names = folder, [name]
-    while not os.path.lexists(above) and above != above.parent:
-        names.append(above.name)
-        above = above.parent
-    try:
-        longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-        if any(len(os.fsencode(part)) > longest for part in names):
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        tempfile.TemporaryFile(dir=above).close()
+            above = _standing(path.parent)
+            longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else NAME_MAX
+            if any(len(os.fsencode(part)) > longest for part in path.relative_to(above).parts):
+                raise _error(errno.ENAMETOOLONG)
+            tempfile.TemporaryFile(dir=above).close()
     except OSError as error:
         return f"cannot be written {why(error)}"
     return ""
@@ -84,25 +81,36 @@ def unwritable_folder(folder: Path, name: str = "") -> str:
 
 def folds_case(folder: Path) -> bool:
     """Tell whether names that differ in upper and lower case alone are one file in a folder, or in the one above it."""
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".ibmd-case-") as file:
+        with tempfile.NamedTemporaryFile(dir=_standing(folder), prefix=".ibmd-case-") as file:
             return os.path.exists(Path(file.name).with_name(Path(file.name).name.upper()))
     except OSError:  # what cannot be written is told elsewhere
         return False
 
 
+def _standing(path: Path) -> Path:
+    """Return a path if it is there, or the nearest above it that is."""
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
 @contextmanager
-def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
+def atomic_file(path: Path, replace: bool = True, size: int = 0) -> Iterator[Path]:
     """Give the path of a temporary file, which becomes `path` if the block ends well.
 
-    A file that is replaced leaves its mode to the new one, and its owner where the system allows that. A link stays,
-    and its target is replaced. Into a FIFO or a character device the content is written, at the end.
+    A file that is replaced leaves its mode to the new one, and its owner and extended attributes (ACL) where the system
+    allows that. A link stays, and its target is replaced. Into a FIFO or a character device the content is written, at
+    the end.
 
     Args:
         path: what to write; its folder is made.
         replace: whether it takes the place of a file that is there by then.
+        size: of what will be written, in bytes, for the message that the disk is full; 0 if not known.
 
     Raises:
         FileExistsError: there is one, and `replace` is false.
@@ -116,49 +124,34 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
             with new.open("rb") as content, path.open("wb") as stream:
                 shutil.copyfileobj(content, stream)
         return
-    target = _target(path) if replace else path
+    target = Path(os.path.realpath(path)) if replace and path.is_symlink() else path
     new = _beside(target, f".tmp{path.suffix}")
-    with _errors_name(path, new):
-        _make_folder(target.parent)
-        handle = os.open(new, os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, which only the system can tell safely
+    with _errors_name(path, new, size):
+        try:
+            handle = _create(new)
+        except FileNotFoundError:
+            _make_folder(target.parent)
+            handle = _create(new)
         mode = os.fstat(handle).st_mode
         os.close(handle)
         yield new
         _sync(new)
         if new.stat().st_mode != mode:  # made anew in the block, as safetensors does
             new.chmod(mode)
-        _place(new, target, replace)
+        if replace:
+            _inherit(new, target)
+            os.replace(new, target)
+        else:
+            _link(new, target)
 
 
 def write_file(path: Path, data: bytes, replace: bool = True) -> None:
-    """Write a file, whole or not at all, as `atomic_file` does, with as few calls of the system as will do.
-
-    Args:
-        path: its folder is made.
-        data: all that it is to hold.
-        replace: whether it takes the place of a file that is there by then.
-
-    Raises:
-        FileExistsError: there is one, and `replace` is false.
-        OSError: it cannot be written; `filename` is `path`.
-    """
+    """Write a file, whole or not at all; arguments and errors as `atomic_file`."""
     if is_stream(path):
         path.write_bytes(data)
         return
-    target = _target(path) if replace else path
-    new = _beside(target, f".tmp{path.suffix}")
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
-    with _errors_name(path, new, len(data)):
-        try:
-            handle = os.open(new, flags, 0o666)
-        except FileNotFoundError:
-            _make_folder(target.parent)
-            handle = os.open(new, flags, 0o666)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        _place(new, target, replace)
+    with atomic_file(path, replace, len(data)) as new:
+        new.write_bytes(data)
 
 
 @contextmanager
@@ -203,7 +196,8 @@ def _errors_name(path: Path, new: Path, needed: int = 0) -> Iterator[None]:
         if error.errno in FULL:
             said += f"; {'' if needed else 'more than '}{_amount(size)} needed"
         if error.errno == errno.ENOSPC:  # with a quota, the system counts otherwise
-            said += f", {_amount(_free(new.parent))} free"
+            free = shutil.disk_usage(_standing(new.parent)).free
+            said += f", {_amount(free)} free" + (": it takes no more files, of any size" if free > 2 * size > 0 else "")
         raise OSError(error.errno, said, str(path)) from error
     finally:
         _remove(new)
@@ -216,48 +210,42 @@ def _remove(new: Path) -> None:
         os.unlink(new)
 
 
-def _free(folder: Path) -> int:
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def _amount(size: int) -> str:
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
-def _target(path: Path) -> Path:
-    """Return the file that is to be replaced: links are written through."""
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
+def _create(new: Path) -> int:
+    return os.open(new, os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, which only the system can tell safely
 
 
-def _place(new: Path, path: Path, replace: bool) -> None:
-    """Give a finished file its name, and the mode and owner of the file that had it."""
-    if not replace:
-        _name(new, path)
+def _inherit(new: Path, old: Path) -> None:
+    """Give a file what another has beside its content, as far as the system allows."""
+    try:
+        was, mine = os.stat(old), os.stat(new)
+    except FileNotFoundError:
         return
-    with suppress(FileNotFoundError):
-        old, mine = os.stat(path), os.stat(new)
-        if (old.st_uid, old.st_gid) != (mine.st_uid, mine.st_gid):
-            with suppress(PermissionError):  # only root may give files away
-                os.chown(new, old.st_uid, old.st_gid)
-        if old.st_mode != mine.st_mode:
-            os.chmod(new, stat.S_IMODE(old.st_mode))
-    os.replace(new, path)
+    with suppress(PermissionError):  # only root may give files away
+        if (was.st_uid, was.st_gid) != (mine.st_uid, mine.st_gid):
+            os.chown(new, was.st_uid, was.st_gid)
+    os.chmod(new, stat.S_IMODE(was.st_mode))
+    with suppress(OSError, AttributeError):  # file systems, and systems, without
+        for name in os.listxattr(old):
+            if name.startswith(("user.", "system.posix_acl_access")):
+                os.setxattr(new, name, os.getxattr(old, name))
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:  # a file has that name
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+        raise _error(errno.ENOTDIR) from None
 
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".ibmd-{secrets.token_hex(6)}{suffix}")
 
 
-def _name(new: Path, path: Path) -> None:
+def _link(new: Path, path: Path) -> None:
     """Give a file a name that no file has; it keeps its own, too, where the file system knows links."""
     try:
         os.link(new, path)

@@ -32,7 +32,13 @@ class Common(Record):
     config: Path | None = setting(None, "TOML or JSON file of settings: steps = 500", "Run", metavar="FILE")
     schema: bool = setting(False, "Print the JSON schema of such files and exit", "Run", flags=("--schema",))
     as_json: bool = setting(False, "Print the result as JSON", "Run", flags=("--json",))
-    quiet: bool = setting(False, "Show no progress and no notes", "Run", flags=("--quiet", "-q"), also=("silent",))
+    quiet: bool = setting(
+        False,
+        "Show no progress and no notes; warnings and errors still appear",
+        "Run",
+        flags=("--quiet", "-q"),
+        also=("silent",),
+    )
     debug: bool = setting(False, "Show tracebacks", "Run", flags=("--debug",), also=("verbose", "v"))
     # fmt: on
 

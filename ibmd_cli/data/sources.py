@@ -324,9 +324,7 @@ class SourceImages:
         if {kind for notes in batch.notes.values() for kind in notes} - set(self.told):
             self.told = tell_notes(self.notes, self.told, self.reporter)
         self.seen[batch.asked] = True
-        for row, error in batch.broken.items():
-            if row not in self.broken:
-                self.reporter.warn(f"{error}; skipped")
+        new = [error for row, error in batch.broken.items() if row not in self.broken]
         self.broken |= batch.broken
         seen = int(self.seen.sum())
         if len(self.broken) > LARGEST_BROKEN_SHARE * max(seen, min(len(self), FEW)):
@@ -337,6 +335,8 @@ class SourceImages:
         if len(batch.rows) < len(batch.asked):
             why = list(batch.broken.values())[-1]
             raise IbmdError(f"--data: {ATTEMPTS} images in a row cannot be read ({why}): is the disk still there?")
+        for error in new:  # only now: a run that stops skips nothing
+            self.reporter.warn(f"{error}; skipped, another image is taken for it")
         return batch
 
     def _degrade(self, x: Tensor, rng: Streams) -> Sources:

@@ -15,8 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from PIL import Image
 
@@ -149,7 +150,7 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: Re
     with ExitStack() as meters, own_limits(), Claims(reporter.warn) as claims, readers, writers:
         stream = None
         if is_stream(str(jobs[0].output)):  # opened here, because it may wait for a reader, and Ctrl-C ends that
-            stream = meters.enter_context(open(str(jobs[0].output), "wb"))
+            stream = meters.enter_context(open(str(jobs[0].output), "wb", buffering=0))
         meters.enter_context(translator.spread(len(jobs)))
         if len(jobs) > 1:
             results.meter = meters.enter_context(reporter.progress("sample", len(jobs), "images"))
@@ -286,7 +287,7 @@ class _Outputs:
         translator: Translator,
         claims: Claims,
         sheet: Sheet | None,
-        stream: BinaryIO | None,
+        stream: RawIOBase | None,
         sha256: str,
     ) -> None:
         self.config, self.translator, self.claims, self.sheet = config, translator, claims, sheet
@@ -324,12 +325,14 @@ class _Outputs:
         return data, image.size, thumbnail(image) if self.sheet is not None else None
 
 
-def _put(data: bytes, output: Path | None, config: SampleConfig, stream: BinaryIO | None = None) -> None:
+def _put(data: bytes, output: Path | None, config: SampleConfig, stream: RawIOBase | None = None) -> None:
     """Write a file, or into a stream that stands where the file was wanted."""
+    name = "stdout" if output is None else shown(output)
     try:
         if stream is not None:
-            stream.write(data)
-            stream.flush()
+            left = memoryview(data)
+            while left:
+                left = left[stream.write(left) :]
         elif output is None:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
@@ -337,17 +340,15 @@ def _put(data: bytes, output: Path | None, config: SampleConfig, stream: BinaryI
             write_file(output, data, replace=config.on_exists == "overwrite")
     except FileExistsError as error:
         raise Appeared(
-            f"{shown(str(output))}: appeared meanwhile and stays as it is; choose --on-exists skip or overwrite"
+            f"{name}: appeared meanwhile and stays as it is; choose --on-exists skip or overwrite"
         ) from error
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if output is None:
-            raise
-        if error.errno in FULL:
-            raise DiskFull(
-                f"disk full while writing {shown(output)} ({error.strerror}): free some space; "
-                "the same command with --on-exists skip then does the rest"
-            ) from error
-        raise IbmdError(f"{shown(output)}: cannot be written {why(error)}") from error
+        if error.errno not in FULL:
+            raise IbmdError(f"{name}: cannot be written {why(error)}") from error
+        rest = "" if output is None or stream else "; the same command with --on-exists skip then does the rest"
+        raise DiskFull(f"disk full while writing {name} ({error.strerror}): free some space{rest}") from error
 
 
 def _keep(grid: str, config: SampleConfig, results: Results) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.files import folds_case, is_stream, unwritable, why
+from ibmd_cli.files import NAME_MAX, folds_case, is_stream, unwritable, why
 from ibmd_cli.images.decode import shown
 from ibmd_cli.images.encode import WRITABLE
 from ibmd_cli.images.find import find_images, find_matches, named_path, passed_over
@@ -28,7 +28,6 @@ from ibmd_cli.images.metadata import Metadata
 from ibmd_cli.images.tiles import Tiles
 from ibmd_cli.sampling.config import SampleConfig, is_folder
 
-NAME_MAX = 255  # bytes: no file system has longer names
 LATER: Any = None
 """Stands for what a later step fills in."""
 

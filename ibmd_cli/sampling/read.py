@@ -5,10 +5,11 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path, PurePath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from ibmd_cli.claims import Claims
 from ibmd_cli.data.labels import label_of, read_labels
@@ -124,12 +125,25 @@ def _labels(label: str | None) -> int | dict[str, int] | None:
 
 
 def unlike(image: Image.Image) -> str:
-    """Say what an image is that is no drawing of dark lines on light paper; nothing if it is one."""
-    small = image.resize((64, 64), Image.Resampling.BOX)
-    grey, colours = np.asarray(small.convert("L")).astype(int), np.asarray(small).astype(int)
-    if grey.max() - grey.min() < 16:
+    """Say what an image is that is no drawing of dark lines on light paper; nothing if it is one.
+
+    The noise of paper vanishes where an image is reduced to little, but so do hatching and fine lines: what looks wrong
+    there is looked at again, larger.
+    """
+    if not (kind := _kind(image.resize((64, 64), Image.Resampling.BOX), contrast=16)):
+        return ""
+    larger = _kind(image.reduce(max(1, max(image.size) // 1024)), contrast=96)
+    return kind if larger == "empty" else larger
+
+
+def _kind(image: Image.Image, contrast: int) -> str:
+    """Return what the shares of dark, light and coloured pixels say of an image, see `unlike`."""
+    up_to = np.cumsum(image.convert("L").histogram()) / (image.width * image.height)  # share of pixels, by grey
+    dark, light, paper = up_to[95], 1 - up_to[160], 1 - up_to[192]
+    if np.diff(np.searchsorted(up_to, (1e-4, 1 - 1e-4))) < contrast:
         return "empty"
-    if np.median(grey) < 96 and (grey > 160).mean() < 0.4:
-        return "light on dark" if (grey < 96).mean() > 0.6 else "photo"
-    coloured = np.median(colours.max(2) - colours.min(2)) > 32
-    return "photo" if coloured or (grey > 192).mean() < 0.4 else ""
+    if dark > 0.5 and light < 0.4:
+        return "light on dark" if dark > 0.6 and light > 0.25 * (1 - dark - light) else "photo"
+    most, least = (reduce(choose, image.split()) for choose in (ImageChops.lighter, ImageChops.darker))
+    vivid = sum(ImageChops.subtract(most, least).histogram()[33:]) > 0.5 * image.width * image.height
+    return "photo" if paper < 0.4 or vivid else ""

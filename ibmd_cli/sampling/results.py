@@ -146,8 +146,11 @@ class Results:
         """Write a line to stdout: on a terminal, above the progress bar; nowhere if it is closed."""
         if sys.stdout is None:
             return
-        if self.on_terminal:
-            sys.stdout.write(line.decode())
-        else:
-            sys.stdout.buffer.write(line)  # at once: an interrupt comes before or after it
-        sys.stdout.flush()
+        try:
+            if self.on_terminal:
+                sys.stdout.write(line.decode())
+            else:
+                sys.stdout.buffer.write(line)  # at once: an interrupt comes before or after it
+            sys.stdout.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "stdout") from error
