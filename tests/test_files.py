@@ -45,6 +45,35 @@ def test_a_replaced_file_leaves_its_mode(tmp_path, write: Write, mode):
 
 
 @writers
+def test_a_replaced_file_leaves_its_extended_attributes(tmp_path, write: Write):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"old")
+    try:
+        os.setxattr(file, "user.note", b"kept")
+    except (AttributeError, OSError):
+        pytest.skip("no extended attributes here")
+    write(file, b"new")
+    assert (file.read_bytes(), os.getxattr(file, "user.note")) == (b"new", b"kept")
+
+
+@writers
+def test_another_name_of_a_replaced_file_keeps_the_old_content(tmp_path, write: Write):
+    (tmp_path / "a.png").write_bytes(b"old")
+    os.link(tmp_path / "a.png", tmp_path / "other.png")
+    write(tmp_path / "a.png", b"new")
+    assert (tmp_path / "other.png").read_bytes() == b"old"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders have no such mode")
+@writers
+def test_the_group_of_a_folder_is_that_of_new_files_and_folders(tmp_path, write: Write):
+    tmp_path.chmod(0o2775)
+    write(tmp_path / "deep" / "a.png", b"new")
+    assert (tmp_path / "deep").stat().st_mode & stat.S_ISGID
+    assert (tmp_path / "deep" / "a.png").stat().st_gid == tmp_path.stat().st_gid
+
+
+@writers
 def test_a_new_file_has_the_mode_of_the_umask(tmp_path, write: Write):
     (tmp_path / "like").touch()
     write(tmp_path / "folder" / "a.png", b"new")
@@ -182,6 +211,20 @@ def test_a_full_disk_names_the_file_that_was_wanted_and_what_is_free(tmp_path, w
     free = float(said.split(", ")[1].split(" KiB free")[0])
     assert 140 <= free <= 156
     assert "200.0 KiB needed" in said or "more than " in said
+
+
+def test_a_disk_that_takes_no_more_files_is_not_called_full_of_bytes(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k,nr_inodes=3", "x", tmp_path]
+    if os.name != "posix" or subprocess.run(mount).returncode:
+        pytest.skip("needs root")
+    try:
+        for name in ("a", "b"):
+            (tmp_path / name).touch()
+        with pytest.raises(OSError, match="it takes no more files") as error:
+            write_file(tmp_path / "wanted", bytes(1000))
+        assert error.value.filename == str(tmp_path / "wanted")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_limit_of_the_system_leaves_nothing(tmp_path):

@@ -123,14 +123,17 @@ def test_notes_of_images_are_counted_and_said_once_per_kind(
     assert len(told) <= (2 if in_memory else 3)
 
 
-def test_too_many_broken_images_stop_a_run_as_they_come(photos: Path, teacher: dict, large: None):
+def test_too_many_broken_images_stop_a_run_as_they_come(photos: Path, teacher: dict, large: None, capsys):
     sources = make(photos, teacher)
     for i in range(3):
         sources.batch(4, streams(i), flip=False)
-    for file in sorted(photos.rglob("*.png"))[8:12]:
+    gone = sorted(photos.rglob("*.png"))[8:12]
+    for file in gone:
         file.unlink()
     with pytest.raises(IbmdError, match=r"of 20 images cannot be read, more than 10%: mend or remove them \(the first"):
         sources.take(range(COUNT), streams(0))
+    said = capsys.readouterr().err
+    assert not any(f"/{file.name}" in said for file in gone), "said to be skipped, and then the run stopped"
 
 
 def test_a_disk_that_is_gone(photos: Path, teacher: dict, large: None, monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,7 +164,18 @@ def test_a_device_that_is_full(sample, drawing):
     result = sample("-i", drawing, "-o", "full.png")
     assert result.code == 1
     assert "disk full while writing full.png" in result.err
+    assert result.err.count("error: ") == 1
     assert Path("full.png").is_char_device()
+
+
+@pytest.mark.parametrize("output", [["-o", "-"], ["-o", "out/"], ["-o", "out/", "--json"]])
+def test_a_stdout_that_is_full_is_named(drawing, tmp_path, output):
+    """In a process of its own, because its stdout is what is full."""
+    args = [sys.executable, "-m", "ibmd_cli", "sample", "-q", "-i", "a.png", *output]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(args, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith("error: disk full while writing stdout")
 
 
 # -------------------------------------------------------------------------------------------------- collisions

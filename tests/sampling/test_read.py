@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
@@ -18,17 +19,59 @@ def page(paper: object = "white", pen: object = "black", width: int = 8) -> Imag
     return image
 
 
+def scan(paper: int = 245, pen: int = 40, width: int = 3, noise: float = 5, size: tuple[int, int] = (1240, 1754)):
+    """A page from a scanner: noise of the paper, and a line."""
+    image = Image.new("L", size, paper)
+    ImageDraw.Draw(image).ellipse((200, 300, size[0] - 200, size[1] - 300), outline=pen, width=width)
+    grain = noise * np.random.default_rng(0).standard_normal((size[1], size[0]))
+    return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def hatched(step: int, share: float = 1.0) -> Image.Image:
+    """Fine lines over a share of a page: at a smaller size, grey."""
+    image = Image.new("RGB", (800, 800), "white")
+    for x in range(-800, round(800 * share), step):
+        ImageDraw.Draw(image).line((x, 0, x + 800, 800), "black")
+    return image
+
+
+def night() -> Image.Image:
+    """A dark photo: shades of every kind up to a few lights."""
+    shades = np.random.default_rng(0).gamma(1.5, 30, (40, 60)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(shades).resize((600, 400), Image.Resampling.BICUBIC).convert("RGB")
+
+
 UNLIKE = {
-    "empty": [Image.new("RGB", (90, 70), "white"), Image.new("RGB", (9, 9), "black"), Image.new("RGB", (1, 1))],
-    "light on dark": [page("black", "white"), page((30, 40, 60), (250, 250, 200)), ImageOps.invert(page(width=2))],
+    "empty": [
+        Image.new("RGB", (90, 70), "white"),
+        Image.new("RGB", (9, 9), "black"),
+        Image.new("RGB", (1, 1)),
+        scan(pen=245),
+        scan(pen=235, noise=8),
+    ],
+    "light on dark": [
+        page("black", "white"),
+        page((30, 40, 60), (250, 250, 200)),
+        ImageOps.invert(page(width=2)),
+        ImageOps.invert(scan()),
+        ImageOps.invert(hatched(8)),
+    ],
     "photo": [
         Image.effect_noise((300, 300), 60).convert("RGB"),
         Image.linear_gradient("L").convert("RGB"),
         Image.merge("RGB", [Image.linear_gradient("L").rotate(90 * i) for i in range(3)]),
         page((150, 150, 150)),
         page((240, 225, 150)),
+        night(),
     ],
-    "": [page(), page(width=2), page((235, 235, 235)), page("white", "blue"), page((250, 248, 240), (80, 80, 80))],
+    "": [
+        page(),
+        page(width=2),
+        page((235, 235, 235)),
+        page("white", "blue"),
+        page((250, 248, 240), (80, 80, 80)),
+        *(scan(), scan(width=2, size=(2480, 3508)), scan(pen=150), hatched(2), hatched(4), hatched(4, 0.3), hatched(9)),
+    ],
 }
 
 
@@ -55,9 +98,9 @@ def test_inputs_that_the_model_was_not_made_for_are_said_once_per_kind(sample, d
         assert line["unlike"] == (None if kind == "fine" else kind)
     warnings = [line for line in result.err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3
-    assert sum("3 inputs, as in/empty-0.png: each shows nothing" in line for line in warnings) == 1
-    assert sum("3 inputs, as in/light-on-dark-0.png" in line and "invert it" in line for line in warnings) == 1
-    assert sum("5 inputs, as in/photo-0.png" in line for line in warnings) == 1
+    assert sum("5 inputs, as in/empty-0.png: each shows nothing" in line for line in warnings) == 1
+    assert sum("5 inputs, as in/light-on-dark-0.png" in line and "invert it" in line for line in warnings) == 1
+    assert sum("6 inputs, as in/photo-0.png" in line for line in warnings) == 1
     one = sample("-i", "in/empty-0.png", "-o", "one.png")
     assert "warning: in/empty-0.png shows nothing, and the model was made for dark lines on white paper" in one.err
 
