@@ -1,8 +1,7 @@
-"""What lives elsewhere: verified downloads from, and uploads to, the Hub; downloads from other servers.
+"""Verified downloads from the Hub and from other servers.
 
 A file is fetched by huggingface_hub into its own cache (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and tokens as
-everywhere), and its hash compared, once, with the one that the Hub keeps of it. What is published arrives whole, in
-one commit. Every failure is one line.
+everywhere), and its hash compared, once, with the one that the Hub keeps of it. Every failure is one line.
 """
 
 import errno
@@ -12,7 +11,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -24,7 +23,7 @@ from urllib.request import Request, urlopen
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import atomic_file
-from ibmd_cli.reporting import Reporter, is_plain
+from ibmd_cli.reporting import Reporter
 
 MB = 1_000_000
 BLOCK = 1 << 20  # bytes
@@ -97,7 +96,7 @@ def snapshot(repo: str, revision: str | None = None, *, quiet: bool = False) -> 
         The folder in the cache of the Hub. All files are of one commit, whatever is pushed in the meantime.
 
     Raises:
-        NotAvailable, IbmdError: see `download`.
+        NotAvailable, IbmdError: those of `download`.
     """
     folder = download(repo, "config.json", revision=revision, quiet=quiet).parent  # …/snapshots/COMMIT
     download(repo, "model.safetensors", revision=folder.name, quiet=quiet)
@@ -134,14 +133,14 @@ def download(repo: str, file: str, *, revision: str | None = None, quiet: bool =
 
     def fetch() -> Path:
         path = Path(hf_hub_download(repo, file, revision=revision, tqdm_class=bar))
-        _verify(path, name)
+        _verify_once(path, name, repo, file)
         return path
 
-    with _manners(quiet):
-        return _persist(fetch, lambda error: _explain(error, name, repo, revision))
+    with manners(quiet):
+        return persist(fetch, lambda error: _explain(error, name, repo, revision))
 
 
-def _persist(call: Callable[[], T], explain: Callable[[Exception], IbmdError]) -> T:
+def persist(call: Callable[[], T], explain: Callable[[Exception], IbmdError]) -> T:
     """Call until it succeeds, again only where the connection broke; else raise what `explain` makes of the error."""
     tries = TRIES
     while True:
@@ -151,17 +150,18 @@ def _persist(call: Callable[[], T], explain: Callable[[Exception], IbmdError]) -
         except IbmdError:
             raise
         except Exception as error:
-            if tries == 0 or not _is_lost(error):
+            if tries == 0 or not is_lost(error):
                 raise explain(error) from error
             time.sleep(1)
 
 
-def _is_lost(error: Exception) -> bool:
+def is_lost(error: Exception) -> bool:
+    """Tell whether a connection broke."""
     return bool(LOST & {cls.__name__ for cls in type(error).__mro__})
 
 
 @contextmanager
-def _manners(quiet: bool, bars: bool = True) -> Iterator[None]:
+def manners(quiet: bool, bars: bool = True) -> Iterator[None]:
     """Have huggingface_hub refuse what the disk cannot hold, rather than warn; be silent, or show no bars, if asked."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
@@ -215,136 +215,54 @@ def _explain(error: Exception, name: str, repo: str, revision: str | None) -> Ib
     return NotAvailable(f"{name}: cannot be fetched ({type(error).__name__}: {said})")
 
 
-# ------------------------------------------------------------------------------------------------------- uploads
-
-
-def repository(name: str) -> str:
-    """Return OWNER/REPO of a name, which may begin with `hf://`.
-
-    Raises:
-        UsageError: it is of another form.
-    """
-    try:
-        repo, revision, file = parse_hf(f"hf://{name.removeprefix('hf://')}")
-    except UsageError:
-        repo, revision, file = "", None, None
-    if not repo or revision or file:
-        raise UsageError(f"--push-to {name!r}: expected OWNER/REPO, of letters, digits, '-', '_' and '.'")
-    return repo
-
-
-def push(files: Mapping[str, Path | bytes], repo: str, *, public: bool = False, quiet: bool = False) -> str:
-    """Publish files on the Hub in one commit: all of them or none. A repository that is not there yet is made.
-
-    The same call again changes nothing if all arrived, so it may be repeated whatever happened.
-
-    Args:
-        files: path in the repository → a file, or its content.
-        repo: OWNER/REPO.
-        public: make a new repository public. Otherwise it is private, and one that is public already is refused.
-        quiet: show no progress.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        UsageError: `repo` is not OWNER/REPO; or it is public, and `public` is not set.
-        NotAvailable: not logged in, not allowed to write there, no network, or `HF_HUB_OFFLINE` is set.
-        IbmdError: the Hub refuses the card.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-
-    repo, reporter, api = repository(repo), Reporter(quiet), HfApi()
-    if constants.HF_HUB_OFFLINE:
-        raise NotAvailable(f"hf://{repo}: HF_HUB_OFFLINE is set: unset it to push")
-    if get_token() is None:
-        raise NotAvailable(f"hf://{repo}: not logged in: hf auth login, or set HF_TOKEN to a token that may write")
-
-    def upload() -> str:
-        url = str(api.create_repo(repo, private=not public, exist_ok=True))
-        is_private = api.model_info(repo).private
-        if not is_private and not public:
-            raise UsageError(f"hf://{repo}: is there, and public: add --public to push where all can read")
-        if is_private and public:
-            reporter.warn(f"hf://{repo}: is there, and stays private: make it public at {url}/settings")
-        # Not `upload_folder`, which may make several commits.
-        added = [CommitOperationAdd(path, content) for path, content in files.items()]
-        api.create_commit(repo, added, commit_message=f"Upload by ibmd {__version__}")
-        return url
-
-    size = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
-    reporter.note(f"pushing {len(files)} files, {size / MB:.1f} MB, to {constants.ENDPOINT}/{repo}")
-    with _manners(quiet, not quiet and not is_plain()), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        url = _persist(upload, lambda error: _explain_push(error, repo))
-    for warning in caught:
-        if "metadata" in (told := " ".join(str(warning.message).split())):  # what the Hub has to say of the card
-            reporter.warn(f"hf://{repo}: {told}")
-    return url
-
-
-def _explain_push(error: Exception, repo: str) -> IbmdError:
-    """Return the error to show for one of huggingface_hub's while it uploads."""
-    from huggingface_hub import constants
-
-    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):  # of the upload of a large file
-        error = error.__cause__
-    name, page = f"hf://{repo}", constants.ENDPOINT
-    lines = str(getattr(error, "server_message", None) or error).split("\n")
-    said = next((line for line in lines if line.strip()), type(error).__name__)
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return NotAvailable(f"{name}: {page} does not accept this login ({said}): log in again: hf auth login")
-    if status in (403, 404):
-        return NotAvailable(
-            f"{name}: this login may not write there ({said}): name a repository of your own, or use a token that may "
-            f"write: {page}/settings/tokens"
-        )
-    if _is_lost(error):
-        return NotAvailable(
-            f"{name}: the connection to {page} broke, or there was none ({type(error).__name__}: {said}): "
-            "run the same command again"
-        )
-    if isinstance(error, ValueError):
-        return IbmdError(f"{name}: the Hub refuses it: {' '.join(str(error).split())}")
-    return NotAvailable(f"{name}: cannot be pushed ({type(error).__name__}: {said}): run the same command again")
-
-
 # ----------------------------------------------------------------------------------------------------- other servers
 
 
-def fetch_file(url: str, path: Path, reporter: Reporter) -> None:
+def fetch_file(url: str, path: Path, reporter: Reporter, digest: str) -> None:
     """Fetch a file of any size from any server, from where an earlier transfer of it broke.
 
     Args:
         url: of the file.
-        path: where to write it; what is there is taken for its beginning, if the server says that it has not changed.
+        path: where to write it; it is called `path`.part until all of it is there.
         reporter: for progress.
+        digest: what it is verified by, "md5:…" or "sha256:…" with the first digits at least; "": by nothing.
 
     Raises:
         NotAvailable: the server does not have it, or cannot be reached.
+        IbmdError: it came damaged; it is not kept.
         OSError: it cannot be written.
     """
     # huggingface_hub takes at most 50 GB without the Hub's own protocol; pooch and torch.hub begin anew after a break.
-    tries, said = MOST_TRIES, ""
-    while tries:
-        start = path.stat().st_size if path.exists() else 0
+    part, tries = path.with_name(f"{path.name}.part"), MOST_TRIES
+    while True:
+        start = part.stat().st_size if part.exists() else 0
         try:
-            if _receive(url, path, start, reporter):
-                return
+            if _receive(url, part, start, reporter):
+                break
             said = "the connection broke"
         except HTTPError as error:
             if error.code == 416 and error.headers.get("Content-Range", "").rpartition("/")[2] == str(start):
-                return  # there is no more of it
+                break  # there is no more of it
             said = f"the server says {error.code} {error.reason}"
             if error.code not in PASSING:
                 raise NotAvailable(f"{url}: {said}: is it still there?") from error
         except (HTTPException, URLError, TimeoutError, ConnectionError) as error:
             said = str(error) or type(error).__name__
-        grown = (path.stat().st_size if path.exists() else 0) > start
+        grown = (part.stat().st_size if part.exists() else 0) > start
         tries = MOST_TRIES if grown else tries - 1 if url.startswith("http") else 0
-        time.sleep(PAUSE if tries else 0)
-    raise NotAvailable(f"{url}: {said}: is there a network? The same command goes on where it broke")
+        if not tries:
+            raise NotAvailable(f"{url}: {said}: is there a network? The same command goes on where it broke")
+        time.sleep(PAUSE)
+    algorithm, _, expected = digest.partition(":")
+    if expected:
+        reporter.note(f"verifying {path.name}")
+        with part.open("rb") as stream:
+            found = hashlib.file_digest(stream, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+        if not found.startswith(expected):
+            part.unlink()
+            raise IbmdError(f"{url}: damaged on the way: its {algorithm} is {found}, expected {expected}: try again")
+    part.replace(path)
+    part.with_suffix(".tag").unlink(missing_ok=True)
 
 
 def _receive(url: str, path: Path, start: int, reporter: Reporter) -> bool:
@@ -367,24 +285,23 @@ def _receive(url: str, path: Path, start: int, reporter: Reporter) -> bool:
         with open(path, "r+b" if path.exists() else "wb") as file, bar:
             file.seek(at)
             file.truncate()
-            while block := _read(response):
+            while True:
+                try:
+                    block = response.read(BLOCK)
+                except OSError as error:  # not of the disk
+                    raise URLError(error) from error
+                if not block:
+                    break
                 file.write(block)
                 bar.update(len(block))
                 at += len(block)
     return end in (None, at)
 
 
-def _read(response: Any) -> bytes:
-    try:
-        return bytes(response.read(BLOCK))
-    except OSError as error:  # not of the disk
-        raise URLError(error) from error
-
-
 # ---------------------------------------------------------------------------------------------------------- means
 
 
-def _verify(path: Path, name: str) -> None:
+def _verify_once(path: Path, name: str, repo: str, file: str) -> None:
     """Compare a file of the Hub's cache with the hash that the Hub keeps of it, unless that was done before."""
     blob = path.resolve()
     record = cache_folder() / "verified" / hashlib.sha256(str(blob).encode()).hexdigest()
@@ -392,7 +309,7 @@ def _verify(path: Path, name: str) -> None:
     state = f"{stat.st_size} {stat.st_mtime_ns} {blob}\n"
     if record.is_file() and record.read_text(encoding="utf-8", errors="surrogateescape") == state:
         return
-    expected = _expected_hash(path)
+    expected = _expected_hash(path, repo, file)
     with blob.open("rb") as stream:
         if re.fullmatch("[0-9a-f]{64}", expected):  # a large file
             found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -408,19 +325,14 @@ def _verify(path: Path, name: str) -> None:
         new.write_text(state, encoding="utf-8", errors="surrogateescape")
 
 
-def _expected_hash(path: Path) -> str:
-    """Return the Hub's hash of a file in its cache, `…/models--OWNER--REPO/snapshots/COMMIT/FILE`.
-
-    The file is a link to a blob of that name; where the system has no links, the Hub is asked.
-    """
+def _expected_hash(path: Path, repo: str, file: str) -> str:
+    """Return the Hub's hash of a file in its cache: the name of the blob that it links to, or else asked of the Hub."""
     if path.is_symlink():
         return path.readlink().name
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    place = next(folder for folder in path.parents if folder.parent.name == "snapshots")
-    repo = place.parent.parent.name.removeprefix("models--").replace("--", "/")
-    url = hf_hub_url(repo, path.relative_to(place).as_posix(), revision=place.name)
-    return str(get_hf_file_metadata(url).etag)
+    commit = path.parents[file.count("/")].name  # …/snapshots/COMMIT/FILE
+    return str(get_hf_file_metadata(hf_hub_url(repo, file, revision=commit)).etag)
 
 
 def _bar(reporter: Reporter, file: str) -> type:

@@ -18,17 +18,19 @@ from hubserver import TOKEN, File, HubServer, Repo
 
 from ibmd_cli.data.degradations import DEGRADATIONS
 from ibmd_cli.errors import NotAvailable, UsageError
-from ibmd_cli.hub import cache_folder, parse_hf, repository
+from ibmd_cli.hub import cache_folder, parse_hf
 from ibmd_cli.method.bridges import make_bridge
 from ibmd_cli.models.catalogue import find_published, published
 from ibmd_cli.models.samplers import SAMPLERS
+from ibmd_cli.models.upload import repository
 
 LARGE = bytes(range(256)) * 100_000  # 25.6 MB: huggingface_hub keeps what it gets in pieces of 10 MiB
 PIECE = 10 * 1024 * 1024
 PRELUDE = """
 import sys
 from ibmd_cli.errors import IbmdError
-from ibmd_cli.hub import download, push, snapshot
+from ibmd_cli.hub import download, snapshot
+from ibmd_cli.models.upload import push
 from ibmd_cli.models.catalogue import locate
 
 def tell(function, *arguments, **options):

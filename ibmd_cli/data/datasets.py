@@ -71,15 +71,15 @@ class DataSet:
             self.notes.setdefault(row, {})[note] = name
         return picture.rgb
 
-    def read(self, row: int, *sides: str) -> Tensor:
+    def read(self, row: int, *sides: str, alike: bool = False) -> Tensor:
         """Return the pixels of an item, uint8 (3 · S, size, size), of S sides; of `base` if none is named.
 
         Raises:
-            IbmdError: a picture cannot be read, is of another size, or the two are of different shapes.
+            IbmdError: a picture cannot be read, is of another size, or (if `alike`) the two are of different shapes.
         """
         sides = sides or (self.base,)
         pictures = [self.picture(row, side) for side in sides]
-        if len({name for _, name in pictures}) == 2:
+        if alike and len({name for _, name in pictures}) == 2:
             (one, name), (other, partner) = pictures
             if abs(one.width * other.height - other.width * one.height) > max(one.width, other.width):
                 shapes = [f"{picture.width}×{picture.height}" for picture in (one, other)]
@@ -124,7 +124,7 @@ class Embedded(DataSet):
         """Return the name of a test pair."""
         return self.titles[row] if self.titles else str(row)
 
-    def read(self, row: int, *sides: str) -> Tensor:
+    def read(self, row: int, *sides: str, alike: bool = False) -> Tensor:
         """Return the pixels of an item."""
         return torch.cat([self.pixels[side][row] for side in sides or (SOURCE,)])
 

@@ -7,7 +7,6 @@ can be written outside of its folder. The data set appears in the cache whole or
 import fcntl
 import fnmatch
 import gzip
-import hashlib
 import io
 import shutil
 import sys
@@ -26,7 +25,6 @@ from ibmd_cli.hub import MB, cache_folder, fetch_file
 from ibmd_cli.reporting import Reporter
 
 TABLE = Path(__file__).parent / "datasets.toml"
-BLOCK = 1 << 20  # bytes
 
 
 def data_sets() -> dict[str, dict[str, Any]]:
@@ -40,7 +38,7 @@ def data_folder(name: str) -> Path:
     Raises:
         NotAvailable: it is not there.
     """
-    row, folder = data_sets()[name], _place(name)
+    row, folder = data_sets()[name], _folder(name)
     if not folder.is_dir():
         raise NotAvailable(_absent(name, row))
     return folder
@@ -48,7 +46,7 @@ def data_folder(name: str) -> Path:
 
 def to_fetch(references: Sequence[str]) -> list[dict[str, Any]]:
     """Return what is still to be fetched of `dataset:` references: where it is, and about how many bytes."""
-    missing = [name for name in _names(references) if not _place(name).is_dir()]
+    missing = [name for name in _names(references) if not _folder(name).is_dir()]
     rows = [data_sets()[name] for name in missing]
     return [
         {
@@ -77,18 +75,18 @@ def fetch(references: Sequence[str], reporter: Reporter, yes: bool) -> None:
     """
     for name in _names(references):
         row = data_sets()[name]
-        if _place(name).is_dir():
+        if _folder(name).is_dir():
             continue
         if not row["url"]:
             raise NotAvailable(_absent(name, row))
         _ask(name, row, reporter, yes)
         try:
-            with _alone(_place(name), reporter):
-                if not _place(name).is_dir():  # another process may have fetched it in the meantime
-                    _fetch(name, row, reporter)
+            with _alone(_folder(name), reporter):
+                if not _folder(name).is_dir():  # another process may have fetched it in the meantime
+                    _fetch_one(name, row, reporter)
         except OSError as error:
             if error.errno in FULL:
-                raise _no_space(name, str(error)) from error
+                raise _disk_full(name, str(error)) from error
             raise IbmdError(f"dataset:{name}: cannot be written {why(error)}") from error
 
 
@@ -97,7 +95,7 @@ def _names(references: Sequence[str]) -> list[str]:
     return [name for name in names if name in data_sets()]  # an unknown one `data.check_sources` refuses
 
 
-def _place(name: str) -> Path:
+def _folder(name: str) -> Path:
     return cache_folder() / "datasets" / name / "images"
 
 
@@ -113,7 +111,7 @@ def _summary(row: dict[str, Any]) -> str:
 
 def _ask(name: str, row: dict[str, Any], reporter: Reporter, yes: bool) -> None:
     """Say what would be fetched, and go on only if the user agrees."""
-    folder = _place(name).parent
+    folder = _folder(name).parent
     what = f"dataset:{name}: {_summary(row)}, from {row['url']} into {folder} (IBMD_CACHE names another place)"
     if yes:
         reporter.note(what)
@@ -124,54 +122,40 @@ def _ask(name: str, row: dict[str, Any], reporter: Reporter, yes: bool) -> None:
 
 
 @contextmanager
-def _alone(place: Path, reporter: Reporter) -> Iterator[None]:
+def _alone(folder: Path, reporter: Reporter) -> Iterator[None]:
     """Hold a data set against other processes."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name("lock").open("wb") as lock:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name("lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            reporter.note(f"another process fetches dataset:{place.parent.name}; waiting for it")
+            reporter.note(f"another process fetches dataset:{folder.parent.name}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in place.parent.glob(".ibmd-*"):  # of a process that was killed
+        for left in folder.parent.glob(".ibmd-*"):  # of a process that was killed
             shutil.rmtree(left)
         yield
 
 
-def _fetch(name: str, row: dict[str, Any], reporter: Reporter) -> None:
-    place = _place(name)
-    archive = place.with_name(row["url"].rpartition("/")[2] + ".part")
-    done = archive.stat().st_size if archive.exists() else 0
-    need, free = row["bytes"] - done + row["kept"], shutil.disk_usage(place.parent).free
+def _fetch_one(name: str, row: dict[str, Any], reporter: Reporter) -> None:
+    folder = _folder(name)
+    archive = folder.with_name(row["url"].rpartition("/")[2])
+    done = sum(file.stat().st_size for file in folder.parent.glob(f"{archive.name}*"))
+    need, free = row["bytes"] - done + row["kept"], shutil.disk_usage(folder.parent).free
     if free < need:
-        raise _no_space(name, f"{need / 1e9:.1f} GB are needed in {place.parent}, {free / 1e9:.1f} GB are free")
-    fetch_file(row["url"], archive, reporter)
-    if row["md5"]:
-        _verify(archive, row["md5"], reporter)
-    with atomic_folder(place) as new:
+        raise _disk_full(name, f"{need / 1e9:.1f} GB are needed in {folder.parent}, {free / 1e9:.1f} GB are free")
+    if not archive.exists():  # else it was not unpacked
+        fetch_file(row["url"], archive, reporter, row["md5"] and f"md5:{row['md5']}")
+    with atomic_folder(folder) as new:
         count = unpack(archive, new, row["members"], row["normals"], reporter)
         if row["images"] not in (0, count):
             archive.unlink()
             raise IbmdError(f"{row['url']}: {count} images in it, expected {row['images']}: deleted; try again")
     archive.unlink()
-    archive.with_suffix(".tag").unlink(missing_ok=True)
-    reporter.note(f"dataset:{name}: {count} images in {place}")
+    reporter.note(f"dataset:{name}: {count} images in {folder}")
 
 
-def _no_space(name: str, said: str) -> IbmdError:
+def _disk_full(name: str, said: str) -> IbmdError:
     return IbmdError(f"dataset:{name}: the disk is full ({said}): make room, or set IBMD_CACHE to a folder elsewhere")
-
-
-# ---------------------------------------------------------------------------------------------------- archives
-
-
-def _verify(file: Path, md5: str, reporter: Reporter) -> None:
-    reporter.note(f"verifying {file.name}")
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != md5:
-        file.unlink()
-        raise IbmdError(f"{file.name}: its MD5 is {found}, expected {md5}: deleted; try again")
 
 
 def unpack(archive: Path, folder: Path, members: str, normals: int, reporter: Reporter) -> int:
@@ -199,12 +183,12 @@ def unpack(archive: Path, folder: Path, members: str, normals: int, reporter: Re
                 at = 0
                 for member in tar:
                     if member.isfile() and fnmatch.fnmatchcase(member.name, members):
-                        _unpack(tar, tarfile.data_filter(member, str(folder)), folder, normals)
+                        _unpack_member(tar, tarfile.data_filter(member, str(folder)), folder, normals)
                         count += 1
                     before, at = at, stream.tell() // MB
                     if at > before:
                         meter.advance(at - before)
-                while plain.read(BLOCK):  # the checksum stands at the end
+                while plain.read(1 << 20):  # the checksum stands at the end
                     pass
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         archive.unlink()
@@ -212,7 +196,7 @@ def unpack(archive: Path, folder: Path, members: str, normals: int, reporter: Re
     return count
 
 
-def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, normals: int) -> None:
+def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, normals: int) -> None:
     content = tar.extractfile(member)
     assert content is not None  # of a regular file
     path = folder / PurePosixPath(member.name)

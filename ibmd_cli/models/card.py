@@ -12,11 +12,12 @@ from typing import Any
 
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import read_json
-from ibmd_cli.hub import parse_hf, push, repository
+from ibmd_cli.hub import parse_hf
 from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.interface import describe_tensors, sample_script
 from ibmd_cli.models.model import StudentModel
+from ibmd_cli.models.upload import push, repository
 
 GRID = "grid.png"
 HUB_LICENCES = {

@@ -85,7 +85,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "given" / "alexnet-owt-7be5be79.pth"
     file.parent.mkdir()
     file.write_bytes(b"weights")
-    row = weights.FILES["alexnet"]._replace(digest=sha256(file)[:8], url=(tmp_path / "far" / "a.pth").as_uri())
+    row = weights.FILES["alexnet"]._replace(digest=sha256(file)[:8], source=(tmp_path / "far" / "a.pth").as_uri())
     monkeypatch.setitem(weights.FILES, "alexnet", row)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     return file

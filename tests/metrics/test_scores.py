@@ -32,8 +32,8 @@ from ibmd_cli.metrics.scores import (
     pseudo_values,
     psnr,
     ssim,
-    student_t,
 )
+from ibmd_cli.metrics.weights import FILES
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -292,11 +292,13 @@ def test_jackknife_of_a_set_distance_leaves_one_out_each_time():
         assert found[i].item() == pytest.approx(7 * whole - 6 * without)
 
 
-@pytest.mark.parametrize(
-    ("freedom", "quantile"), [(4 / 3, 7.190), (2, 4.3027), (9, 2.2622), (100, 1.9840), (1e6, 1.9600)]
-)
-def test_quantiles_of_student_t_are_those_of_tables(freedom: float, quantile: float):
-    assert student_t(freedom) == pytest.approx(quantile, rel=1e-3)
+@pytest.mark.parametrize(("n", "quantile"), [(5, 7.190), (7, 4.3027), (28, 2.2622), (301, 1.9840), (1_000_001, 1.9600)])
+def test_intervals_have_the_quantiles_of_tables(n: int, quantile: float):
+    """Student's t with (n − 1) / 3 degrees of freedom."""
+    terms = normal(n).double()
+    value, low, high = estimate(terms)
+    assert (high - value) / (terms.std().item() / n**0.5) == pytest.approx(quantile, rel=1e-3)
+    assert high - value == pytest.approx(value - low)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -440,6 +442,6 @@ def test_missing_extra_names_the_cure(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(EffLite0, "SHA256", "0" * 64)
-    with pytest.raises(IbmdError, match=r"sha256 579344248a93…, expected 000000000000…"):
+    monkeypatch.setitem(FILES, "efflite0", FILES["efflite0"]._replace(digest="0" * 64))
+    with pytest.raises(IbmdError, match=r"sha256 57934424…, expected 00000000…"):
         EffLite0()
