@@ -9,12 +9,12 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from rich.console import Console, Group
-from rich.progress import Progress
+from rich.console import Console
+from rich.live import Live
 from rich.text import Text
 
 BAR = 24  # columns of the bar, at most
@@ -105,38 +105,56 @@ class Reporter:
         if self.quiet:
             yield Meter()
         elif self.plain:
-            yield _PlainMeter(self, what, total, unit, done)
+            yield Meter(what, total, unit, done, self.note)
         else:
-            meter = _BarMeter(what, total, unit, done)
-            with _Bar(meter, console=self.console):
+            meter, fancy = Meter(what, total, unit, done), is_unicode(self.console.file)
+            with Live(get_renderable=lambda: meter.line(self.console.width, fancy), console=self.console):
                 yield meter
 
 
 class Meter:
-    """Progress that is not shown."""
-
-    def advance(self, n: int = 1, **details: Any) -> None:
-        """Report `n` units done, and values to show beside them if there is room."""
-
-
-class _Counted(Meter):
-    """Progress as text: what, how much of it, the time that is left, then speed and other values.
+    """Progress: what, how much of it, the time that is left, then speed and other values.
 
     The speed is that since the first unit was done, so that preparations do not count.
+
+    Args:
+        what: is done.
+        total: units of work.
+        unit: name of one.
+        done: units that were done before.
+        tell: where lines go, every few seconds; None: a bar shows the progress, or nothing does.
     """
 
-    def __init__(self, what: str, total: int, unit: str, done: int) -> None:
-        self.what, self.total, self.unit, self.done = what, total, unit, done
-        self.began = self.first = time.monotonic()
+    SECONDS = 5.0
+
+    def __init__(
+        self, what: str = "", total: int = 0, unit: str = "", done: int = 0, tell: Callable[[str], None] | None = None
+    ) -> None:
+        self.what, self.total, self.unit, self.done, self.tell = what, total, unit, done, tell
+        self.began = self.first = self.told = time.monotonic()
         self.count = self.first_count = 0
+        self.starting = "starting"
         self.details: dict[str, Any] = {}
 
     def advance(self, n: int = 1, **details: Any) -> None:
+        """Report `n` units done, and values to show beside them if there is room."""
+        now = time.monotonic()
         if self.count == 0:
-            self.first, self.first_count = time.monotonic(), n
+            self.first, self.first_count = now, n
         self.count += n
         self.done += n
         self.details = details or self.details
+        self._tell(now)
+
+    def prepare(self, what: str) -> None:
+        """Report what goes on before the first unit."""
+        self.starting = what
+        self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
+        if self.tell and (now - self.told >= self.SECONDS or self.done >= self.total):
+            self.told = now
+            self.tell("  ".join([f"{self.what} {self.done}/{self.total}", self.left(), *self.rest()]))
 
     @property
     def rate(self) -> float:
@@ -150,7 +168,7 @@ class _Counted(Meter):
         """Return the time that is left, as soon as one unit is done; at the end, the time that it took."""
         if self.done >= self.total:
             return f"in {_clock(time.monotonic() - self.began)}"
-        return f"{_clock((self.total - self.done) / self.rate)} left" if self.count else "starting"
+        return f"{_clock((self.total - self.done) / self.rate)} left" if self.count else self.starting
 
     def rest(self) -> list[str]:
         """Return what is said if there is room."""
@@ -158,12 +176,9 @@ class _Counted(Meter):
         shown = [f"{rate} {self.unit}/s"] if self.count else []
         return shown + [f"{key.replace('_', ' ')} {value}" for key, value in self.details.items()]
 
-
-class _BarMeter(_Counted):
     def line(self, width: int, fancy: bool) -> Text:
         """Return a line of at most `width` columns: bar, count, time left, and then what there is room for."""
-        count = f"{self.done:>{len(str(self.total))}}/{self.total}"
-        must = f" {count}  {self.left()}"
+        must = f" {self.done:>{len(str(self.total))}}/{self.total}  {self.left()}"
         what = self.what if len(self.what) + len(must) + 8 <= width else self.what[: max(0, width - len(must) - 1)]
         bar = max(0, min(BAR, width - len(what) - len(must) - 1))
         full = min(bar, bar * self.done // max(1, self.total))
@@ -171,37 +186,10 @@ class _BarMeter(_Counted):
         text.append(("━" if fancy else "#") * full, style="cyan")
         text.append(("━" if fancy else ".") * (bar - full), style="dim").append(must)
         for part in self.rest():
-            if text.cell_len + 2 + len(part) < width:
-                text.append(f"  {part}", style="dim")
-            else:
+            if text.cell_len + 2 + len(part) >= width:
                 break
+            text.append(f"  {part}", style="dim")
         return text
-
-
-class _Bar(Progress):
-    """A live display of one meter."""
-
-    def __init__(self, meter: _BarMeter, console: Console) -> None:
-        self.meter, self.terminal = meter, console
-        super().__init__(console=console)
-
-    def get_renderable(self) -> Group:
-        return Group(self.meter.line(self.terminal.width, is_unicode(self.terminal.file)))
-
-
-class _PlainMeter(_Counted):
-    SECONDS = 5.0
-
-    def __init__(self, reporter: Reporter, what: str, total: int, unit: str, done: int) -> None:
-        super().__init__(what, total, unit, done)
-        self.reporter, self.shown = reporter, time.monotonic()
-
-    def advance(self, n: int = 1, **details: Any) -> None:
-        super().advance(n, **details)
-        now = time.monotonic()
-        if now - self.shown >= self.SECONDS or self.done >= self.total:
-            self.shown = now
-            self.reporter.note("  ".join([f"{self.what} {self.done}/{self.total}", self.left(), *self.rest()]))
 
 
 def _clock(seconds: float) -> str:

@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -36,19 +37,14 @@ class Setting:
     """What is known of a setting.
 
     Attributes:
-        name: of the field.
-        hint: type of the field.
-        default: value of the field.
+        name, hint, default: name, type and value of the field.
         help: a whole phrase without a full stop.
         panel: heading in `--help` under which it stands.
         metavar: what stands for the value in `--help`; with a comma in it, one flag may give several texts so.
         flags: spellings on the command line, where `--name` is not meant, the long one first; one without dashes is an
             argument; () for a setting that only files and variables give.
         choices: the texts that are allowed (a number may be given in their place if the type says so).
-        at_least: least value.
-        above: what the value must exceed.
-        below: what the value must stay below.
-        at_most: largest value.
+        at_least, above, below, at_most: bounds of a number.
         shown: the default in words, where the value does not tell it.
         also: flags that people type and mean this one, without dashes.
         changeable: whether a run may be continued with another value.
@@ -152,13 +148,8 @@ class Setting:
     def _allows(self, item: Any) -> bool:
         if isinstance(item, bool) or not isinstance(item, int | float):
             return isinstance(item, bool) or not self.choices or item in self.choices
-        return (
-            math.isfinite(item)
-            and (self.at_least is None or item >= self.at_least)
-            and (self.above is None or item > self.above)
-            and (self.below is None or item < self.below)
-            and (self.at_most is None or item <= self.at_most)
-        )
+        bounds = ((self.at_least, ge), (self.above, gt), (self.below, lt), (self.at_most, le))
+        return math.isfinite(item) and all(bound is None or holds(item, bound) for bound, holds in bounds)
 
     @property
     def schema(self) -> dict[str, Any]:

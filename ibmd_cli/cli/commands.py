@@ -160,14 +160,12 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Any]], Callabl
 
 
 def _resolve(name: str, records: dict[str, Any], flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the records of a command that was called with these flags, and where all settings come from."""
+    """Return the records of a command that was called with these flags, and where those of the first come from."""
     flags |= {key[:-1]: [*(flags[key[:-1]] or ()), *value] for key, value in flags.items() if key[-1] == "_" and value}
     file = flags["config"] or os.environ.get("IBMD_CONFIG")
-    made, origins = {}, dict[str, str]()
-    for key, record in records.items():
-        made[key], own = resolve(record, flags, os.environ, Path(file) if file else None, settings_of(name))
-        origins |= own
-    return made, origins
+    path, every = Path(file) if file else None, settings_of(name)
+    made = {key: resolve(record, flags, os.environ, path, every) for key, record in records.items()}
+    return {key: record for key, (record, _) in made.items()}, next(iter(made.values()))[1]
 
 
 def _parameters(one: Setting) -> Iterator[inspect.Parameter]:

@@ -76,15 +76,11 @@ def show_exports(reports: list[dict[str, Any]]) -> None:
 def show_plan(plan: dict[str, Any], config: Any, origins: Mapping[str, str], as_json: bool) -> None:
     """Print what a distillation would take, and which settings are not the default."""
     if as_json:
-        known = to_json(config)
-        return print_json(
-            {"schema": 1, "settings": known, "origins": {name: origins[name] for name in known}, "plan": plan}
-        )
+        return print_json({"schema": 1, "settings": to_json(config), "origins": origins, "plan": plan})
     _show_rows("Plan", _planned(plan, config))
-    every = {one: getattr(config, one.name) for one in settings(config.__class__)}
-    if changed := [
-        (one.key, f"{_value(value)} ({origins[one.name]})") for one, value in every.items() if value != one.default
-    ]:
+    every = [(one, getattr(config, one.name)) for one in settings(config.__class__)]
+    changed = [(one.key, f"{_value(value)} ({origins[one.name]})") for one, value in every if value != one.default]
+    if changed:
         _show_rows("\nSettings that are not the default", changed)
 
 

@@ -34,7 +34,7 @@ from ibmd_cli.models.model import StudentModel, TeacherModel, make_setup
 from ibmd_cli.models.teachers import TeacherRef, load_teacher
 from ibmd_cli.networks.predictor import Predictor
 from ibmd_cli.processes import this_process
-from ibmd_cli.reporting import Meter, Reporter
+from ibmd_cli.reporting import Reporter
 from ibmd_cli.settings import to_json
 from ibmd_cli.training.config import AUTO, DistillConfig
 from ibmd_cli.training.fsdp import split
@@ -230,10 +230,10 @@ class Training:
             self._tracking(),
             interrupts(self.reporter.quiet) as self.interrupted,
             folder.naming_checkpoint(),
-            self.reporter.progress("distilling", config.steps, "step", self.at.step) as meter,
+            self.reporter.progress("distilling", config.steps, "step", self.at.step) as self.meter,
         ):
             for step in self._algorithm():
-                self._after_student_update(step, meter)
+                self._after_student_update(step)
             self._refuse_untrained()
         self.accelerator.end_training()
 
@@ -342,6 +342,8 @@ class Training:
         self.images.begin(l, k)
         loss = self.phi.update(l, compute)
         self.at = Position(k, l + 1, loss, time.monotonic() - self.began)
+        if l < self.config.bridge_warmup:
+            self.meter.prepare(f"warm-up {l + 1}/{self.config.bridge_warmup}")
         stop, due = self._agreed(self.folder.is_due())
         if stop or due:
             self.folder.save(self.at, between=True, student=stop and k > 0)
@@ -350,11 +352,11 @@ class Training:
             self._stop(f"after update {l + 1} of the bridge model")
         return loss
 
-    def _after_student_update(self, step: Step, meter: Meter) -> None:
+    def _after_student_update(self, step: Step) -> None:
         """Log, show and save what is due."""
         config, k = self.config, step.k + 1
         self.at = self.at._replace(step=k, seconds=time.monotonic() - self.began)
-        line = self._line(step, meter)
+        line = self._line(step)
         stop, _ = self._agreed()
         show = k % config.preview_every == 0 or k == config.steps
         save = stop or k % config.checkpoint_every == 0 or k == config.steps
@@ -374,13 +376,13 @@ class Training:
         if stop and k < config.steps:
             self._stop(f"after step {k}")
 
-    def _line(self, step: Step, meter: Meter) -> dict[str, Any]:
+    def _line(self, step: Step) -> dict[str, Any]:
         """Return what the log says of a student update, and show it."""
         config, k = self.config, step.k + 1
         losses = {"bridge_loss": self.at.bridge_loss, "student_loss": step.student_loss}
         images = (config.bridge_warmup + k * (config.bridge_steps + 1)) * config.batch_size
         rate = images / self.at.seconds
-        meter.advance(1, **{name: f"{v:.4f}" for name, v in losses.items()}, images_per_second=f"{rate:.0f}")
+        self.meter.advance(1, **{name: f"{v:.4f}" for name, v in losses.items()}, images_per_second=f"{rate:.0f}")
         return {
             "step": k,
             **{name: v if math.isfinite(v) else None for name, v in losses.items()},

@@ -55,24 +55,21 @@ def check(screen: Screen, terminal: dict[str, Any]) -> None:
         assert "\x1b" not in screen.raw
 
 
-@pytest.mark.parametrize("terminal", TERMINALS.values(), ids=TERMINALS)
+FAST = ("60", "none")
+
+
+@pytest.mark.parametrize(
+    "terminal",
+    [pytest.param(value, id=name, marks=() if name in FAST else pytest.mark.slow) for name, value in TERMINALS.items()],
+)
 def test_screens_of_the_four_commands(screens: Screens, home: Path, terminal: dict[str, Any]):
     made = {}
-    for name, command in {
-        "plan": DRY_RUN,
-        "distill": DISTILL,
-        "again": DISTILL,
-        "sample": SAMPLE,
-        "eval": EVAL,
-    }.items():
+    commands = {"plan": DRY_RUN, "distill": DISTILL, "sample": SAMPLE, "listed": LISTED, "wrong": WRONG}
+    commands |= {"again": DISTILL, "eval": EVAL, "export": EXPORT}
+    for name, command in commands.items():
         made[name] = screens(*command, cwd=home, **terminal)
-        assert made[name].code == 0, made[name].raw
-    made["export"] = screens(*EXPORT, cwd=home, **terminal)
-    made["wrong"] = screens(*WRONG, cwd=home, **terminal)
-    made["listed"] = screens(*LISTED, cwd=home, **terminal)
-    assert made["wrong"].code == 2
-    for screen in made.values():
-        check(screen, terminal)
+        assert made[name].code == 2 * (name == "wrong"), made[name].raw
+        check(made[name], terminal)
     text = {name: " ".join(" ".join(screen.lines).split()) for name, screen in made.items()}
     assert "error: --learning-rate: ibmd distill has no such option; did you mean --lr?" in text["wrong"]
     assert "drawings: 8 sources" in text["plan"]
@@ -84,13 +81,17 @@ def test_screens_of_the_four_commands(screens: Screens, home: Path, terminal: di
     assert "--out report" in text["eval"]
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize(
+    "width", [pytest.param(60, marks=pytest.mark.slow), 80, pytest.param(120, marks=pytest.mark.slow)]
+)
 def test_progress_has_bar_count_and_time_left_first(screens: Screens, home: Path, width: int):
     screen = screens(*DISTILL, cwd=home, columns=width)
     bars = [line for line in screen.seen if line.startswith("distilling ━")]
     assert bars
     for line in bars:
-        assert re.match(r"distilling ━{8,} +\d/3  (starting|in \d+:\d\d|\d+:\d\d left)( |$)", line), line
+        assert re.match(r"distilling ━{8,} +\d/3  (starting|warm-up \d+/\d+|in \d+:\d\d|\d+:\d\d left)( |$)", line), (
+            line
+        )
     if width == 120:
         assert any("bridge loss" in line for line in bars)
 
@@ -102,6 +103,7 @@ def test_progress_without_a_terminal_is_whole_lines(screens: Screens, home: Path
     assert re.match(r"distilling 3/3  in \d+:\d\d  [\d.]+ step/s  bridge loss -?[\d.]+  student loss -?[\d.]+", line)
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing_but_the_result(screens: Screens, home: Path):
     assert screens(*DISTILL, "--quiet", cwd=home).raw == "run/student\n"
     assert screens(*EXPORT, "--quiet", cwd=home).raw == "student.safetensors\n"

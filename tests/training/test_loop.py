@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.models.folder import load_model
+from ibmd_cli.reporting import Meter
 from ibmd_cli.training.optimise import FP16_PATIENCE, PATIENCE, Diverged, Player, Schedule
 
 
@@ -69,6 +70,13 @@ def test_data_that_cannot_serve(tiny_teacher: Path, tmp_path: Path):
     with pytest.raises(IbmdError, match="1 of 1 images cannot be read"):
         distill("--teacher", tiny_teacher, "--data", tmp_path / "empty", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_progress_counts_the_warm_up(arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Meter, "SECONDS", 0.0)
+    spoken = [argument for argument in arguments if argument != "--quiet"]
+    told = distill(*spoken, "--steps", 1, "--bridge-warmup", 2, "--out", tmp_path / "run").stderr
+    assert "distilling 0/1  warm-up 1/2\ndistilling 0/1  warm-up 2/2\ndistilling 1/1" in told
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
