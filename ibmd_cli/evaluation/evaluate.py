@@ -69,7 +69,9 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     if process.count > 1 and config.out is None:
         raise UsageError("--processes: several processes need --out FOLDER, where they put what they measure")
     if config.out is not None and process.rank == 0:
-        _check_out(config.out)
+        data = Path(config.data or BUILTIN)
+        sides = [data / "source", data / "target"] if (data / "source").is_dir() else [data]
+        _check_out(config.out, [*sides, config.reference] if config.reference else sides)
     protocol = find_protocol(config.protocol)
     check_given(config.weights)
     device = resolve_device(config.device)
@@ -330,12 +332,15 @@ def _check_metric(name: str, pairs: Pairs, size: int, samples: int) -> None:
 # ------------------------------------------------------------------------------------------------- parts, processes
 
 
-def _check_out(out: Path) -> None:
-    """Refuse a folder that holds something else than a part of an evaluation, or that cannot be written."""
+def _check_out(out: Path, images: Sequence[Path]) -> None:
+    """Refuse a folder with something else than a part of an evaluation, one of `images`, or that cannot be written."""
     if (out / "results.json").is_file() and not (out / "parts").is_dir():
         raise IbmdError(f"--out {out}: holds a finished evaluation (results.json); give another --out, or remove it")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "parts").is_dir())):
         raise IbmdError(f"--out {out}: exists and is not an empty folder; give another --out")
+    for folder in images:
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise IbmdError(f"--out {out}: lies in {folder}, whose images are read; give another --out")
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
         tempfile.TemporaryDirectory(dir=there).cleanup()

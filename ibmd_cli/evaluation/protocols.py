@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ibmd_cli.errors import UsageError, nearest
 from ibmd_cli.metrics.scores import METRICS
+from ibmd_cli.reporting import counted
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def cautions(
         return {name: METRICS[name].caution or none for name in names}
     reasons = []
     if images != protocol.images:
-        reasons.append(f"{images} images, {protocol.name} has {protocol.images}")
+        reasons.append(f"{counted(images, 'image')}, {protocol.name} has {protocol.images}")
     if size != protocol.size:
         reasons.append(f"{size} pixels, {protocol.name} has {protocol.size}")
     if samples > 1:
@@ -79,10 +80,3 @@ def cautions(
         more = [f"reference {reference or 'these targets'}, expected {protocol.reference}"] if other else []
         found[name] = own or "; ".join(reasons + more) or None
     return found
-
-
-def describe(protocol: Protocol | None) -> str:
-    """Return what a protocol asks of the data, in one line, for the record."""
-    if protocol is None:
-        return "none"
-    return f"{protocol.name}: {protocol.images} images of {protocol.data}; split (not checked): {protocol.split}"

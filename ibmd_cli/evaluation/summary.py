@@ -1,7 +1,9 @@
 """Results of an evaluation: scores with intervals, differences on the same pairs, floors, and their protocols."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from ibmd_cli.reporting import counted
 SHOWN = ("label", "unit", "scale", "digits", "direction", "paired")
 """What results tell of a score, for tables."""
 FRECHET = ("fid", "fd_efflite0")
+
+Targets = Callable[[str], tuple[Tensor, Moments]]
+"""Name of a network → features of the targets, and their moments."""
 
 
 def summarise(
@@ -49,17 +54,21 @@ def summarise(
         The content of results.json, without `shown`; and the score of each image, `ROW.METRIC` → (N,).
     """
     settings = context["settings"]
-    targets: dict[str, Moments] = {}
+
+    @cache
+    def targets(network: str) -> tuple[Tensor, Moments]:
+        features = parts.read(f"truth.{network}.features")
+        return features, moments([features])
+
     terms = [_terms(k, measurement, parts, reference, targets) for k in range(len(entries))]
-    rows = [_row(k, entry, scores, parts) for k, (entry, scores) in enumerate(zip(entries, terms, strict=True))]
-    reference_path = settings["reference"]
+    rows = [_told(k, entry, scores, parts) for k, (entry, scores) in enumerate(zip(entries, terms, strict=True))]
     cautions = protocols.cautions(
         measurement.metrics,
         protocol,
         images=len(names),
         size=settings["size"][0],
         samples=settings["samples"],
-        reference=Path(reference_path) if reference_path else None,
+        reference=Path(settings["reference"]) if settings["reference"] else None,
     )
     results = {
         "schema": 1,
@@ -71,13 +80,13 @@ def summarise(
         },
         "protocol": _protocol_texts(measurement, networks, settings, protocol),
         "rows": rows,
-        "differences": _differences(rows, terms),
-        "floor": _floors(measurement, parts),
+        "differences": _compared(rows, terms),
+        "floor": _floors(measurement, parts, targets),
         "shown_by": None,
         "shown": [],
     }
     paired = {
-        f"{k}.{name}": torch.stack(list(values)).mean(0)
+        f"{k}.{name}": values.mean(0)
         for k, scores in enumerate(terms)
         for name, values in scores.items()
         if METRICS[name].paired
@@ -85,10 +94,11 @@ def summarise(
     return results, paired
 
 
-def _row(k: int, entry: Entry, scores: Mapping[str, list[Tensor]], parts: Parts) -> dict[str, Any]:
+def _told(k: int, entry: Entry, scores: Mapping[str, Tensor], parts: Parts) -> dict[str, Any]:
     """Return what is told of an entry: what it is, its scores, and what it costs."""
     calls = 1000 * parts.read(f"{k}.seconds")
     milliseconds = statistics.median(calls.tolist())
+    ends = torch.tensor([0.1, 0.9] if len(calls) >= 10 else [0, 1], dtype=calls.dtype)
     return {
         "model": entry.kind,
         "label": entry.label,
@@ -98,53 +108,37 @@ def _row(k: int, entry: Entry, scores: Mapping[str, list[Tensor]], parts: Parts)
         "samples": entry.samples,
         **{name: _score(name, values) for name, values in scores.items()},
         "ms_per_image": milliseconds,
-        "ms_range": _range(calls),
+        "ms_range": calls.quantile(ends).tolist() if len(calls) > 2 else None,
         "images_per_second": 1000 / milliseconds,
         "peak_mib": float(parts.read(f"{k}.peak").max()),
         "parameters": sum(p.numel() for p in entry.model.predictor.parameters()),
     }
 
 
-def _range(calls: Tensor) -> list[float] | None:
-    """Return between which values timed calls lie: the middle 80 %, all of fewer than ten; None of fewer than three."""
-    if len(calls) < 3:
-        return None
-    ends = [0.1, 0.9] if len(calls) >= 10 else [0, 1]
-    return list(calls.quantile(torch.tensor(ends, dtype=calls.dtype)).tolist())
-
-
 def _terms(
-    k: int, measurement: Measurement, parts: Parts, reference: Moments | None, targets: dict[str, Moments]
-) -> dict[str, list[Tensor]]:
-    """Return the terms of each score of an entry, one tensor for each seed; `targets` keeps the targets' moments."""
-    found: dict[str, list[Tensor]] = {}
+    k: int, measurement: Measurement, parts: Parts, reference: Moments | None, targets: Targets
+) -> dict[str, Tensor]:
+    """Return the terms of each score of an entry, for each seed: (S, N), or (S, N, N) of distances of sets."""
+    found: dict[str, Tensor] = {}
     for name in measurement.metrics:
         metric = METRICS[name]
         if metric.paired:
-            found[name] = list(parts.read(f"{k}.{name}"))
-        elif metric.compares == "logits":
-            logits = parts.read(f"{k}.{metric.network}.logits")
-            found[name] = [torch.tensor([inception_score(x) for x in draws]).mean(0, True) for draws in logits]
-        elif name in FRECHET:
-            found[name] = _frechet(k, metric.network, parts, reference if name == "fid" else None, targets)
+            found[name] = parts.read(f"{k}.{name}")
+            continue
+        seen = parts.read(f"{k}.{metric.network}.{metric.compares}")
+        if metric.compares == "logits":
+            by_seed = [torch.tensor([inception_score(x) for x in draws]).mean(0, True) for draws in seen]
+        elif name == "fid" and reference:
+            by_seed = [torch.stack([frechet_terms(x, moments([x]), reference, None) for x in s]).mean(0) for s in seen]
         else:
-            features = parts.read(f"{k}.{metric.network}.features")
-            truth = parts.read(f"truth.{metric.network}.features")
-            found[name] = [kid_blocks(x, truth, measurement.seed, usual=name == "kid") for x in features]
+            truth, expected = targets(metric.network)
+            if name in FRECHET:
+                by_draw = [[frechet_terms(x, moments([x]), expected, truth) for x in draws] for draws in seen]
+                by_seed = [torch.stack(draws).mean(0) for draws in by_draw]
+            else:
+                by_seed = [kid_blocks(draws, truth, measurement.seed, usual=name == "kid") for draws in seen]
+        found[name] = torch.stack(by_seed)
     return found
-
-
-def _frechet(
-    k: int, network: str, parts: Parts, reference: Moments | None, targets: dict[str, Moments]
-) -> list[Tensor]:
-    truth = None if reference else parts.read(f"truth.{network}.features")
-    if truth is not None and network not in targets:
-        targets[network] = moments([truth])
-    expected = reference or targets[network]
-    by_seed = []
-    for draws in parts.read(f"{k}.{network}.features"):
-        by_seed.append(torch.stack([frechet_terms(x, moments([x]), expected, truth) for x in draws]).mean(0))
-    return by_seed
 
 
 def _estimate(name: str, terms: Tensor) -> dict[str, float | None]:
@@ -155,9 +149,9 @@ def _estimate(name: str, terms: Tensor) -> dict[str, float | None]:
     return {"value": found.value, "low": max(found.low, metric.least), "high": min(found.high, metric.most)}
 
 
-def _score(name: str, by_seed: list[Tensor]) -> dict[str, float | None]:
+def _score(name: str, by_seed: Tensor) -> dict[str, float | None]:
     """Average over seeds: the interval is that of the images, the deviation that of the seeds."""
-    score = _estimate(name, torch.stack(by_seed).mean(0))
+    score = _estimate(name, by_seed.mean(0))
     if len(by_seed) > 1:
         score["deviation"] = statistics.stdev(estimate(values).value for values in by_seed)
     return score
@@ -169,36 +163,31 @@ def _difference(name: str, gap: Tensor) -> dict[str, float | None]:
     return estimate(gap, (ends[0] - ends[1], ends[1] - ends[0]) if ends else None)._asdict()
 
 
-def _differences(rows: list[dict[str, Any]], terms: list[dict[str, list[Tensor]]]) -> list[dict[str, Any]]:
+def _compared(rows: list[dict[str, Any]], terms: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
     """Compare each student with the teacher at each number of calls, then students with each other."""
-    students = [k for k, row in enumerate(rows) if row["model"] == "student"]
-    teachers = [k for k, row in enumerate(rows) if row["model"] == "teacher"]
-    compared = [(i, k) for i in students for k in teachers] + [(i, k) for i in students for k in students if i < k]
+    students, teachers = ([k for k, row in enumerate(rows) if row["model"] == m] for m in ("student", "teacher"))
     differences = []
-    for i, k in compared:
-        means = [{name: torch.stack(values).mean(0) for name, values in terms[j].items()} for j in (i, k)]
+    for i, k in [*product(students, teachers), *combinations(students, 2)]:
         mine, other = rows[i], rows[k]
-        spread = other.get("diversity", {}).get("value")
+        spread, above, below = other.get("diversity", {}).get("value"), other["ms_range"], mine["ms_range"]
         differences.append(
             {
                 "row": i,
                 "against": k,
                 **({"teacher_nfe": other["nfe"]} if k in teachers else {}),
-                **{name: _difference(name, values - means[1][name]) for name, values in means[0].items()},
+                **{
+                    name: _difference(name, values.mean(0) - terms[k][name].mean(0))
+                    for name, values in terms[i].items()
+                },
                 "diversity_ratio": mine["diversity"]["value"] / spread if spread else None,
                 "speed_up": other["ms_per_image"] / mine["ms_per_image"],
-                "speed_up_range": _ratios(other["ms_range"], mine["ms_range"]),
+                "speed_up_range": [above[0] / below[1], above[1] / below[0]] if above and below else None,
             }
         )
     return differences
 
 
-def _ratios(above: list[float] | None, below: list[float] | None) -> list[float] | None:
-    """Return between which values the ratio of two times lies, given between which values they lie."""
-    return [above[0] / below[1], above[1] / below[0]] if above and below else None
-
-
-def _floors(measurement: Measurement, parts: Parts) -> dict[str, Any]:
+def _floors(measurement: Measurement, parts: Parts, targets: Targets) -> dict[str, Any]:
     """Return what real images score: halves of the targets against each other, or a target against another one."""
     floors: dict[str, Any] = {}
     keys = parts.keys()
@@ -208,18 +197,17 @@ def _floors(measurement: Measurement, parts: Parts) -> dict[str, Any]:
             unrelated = parts.read(f"floor.{name}")
             floors[name] = {**_estimate(name, unrelated), "images": len(unrelated), "kind": "unrelated"}
         elif metric.compares == "features":
-            truth = parts.read(f"truth.{metric.network}.features")
+            truth, _ = targets(metric.network)
             order = torch.randperm(len(truth), generator=stream(measurement.seed, "halves"))
             half = len(truth) // 2
-            if name in FRECHET:
-                if half < metric.needs:
-                    continue
-                value = frechet(moments([truth[order[:half]]]), moments([truth[order[half : 2 * half]]]))
-                floors[name] = {**Estimate(value)._asdict(), "images": half, "kind": "halves"}
-            else:
+            if name not in FRECHET:
                 few = truth if half <= KID_IMAGES else truth[order[: 2 * KID_IMAGES]]
-                found = kid_floor(few, HALVINGS, stream(measurement.seed, "floor"))
-                floors[name] = {**found._asdict(), "images": len(few) // 2, "kind": "halves"}
+                found, half = kid_floor(few, HALVINGS, stream(measurement.seed, "floor")), len(few) // 2
+            elif half >= metric.needs:
+                found = Estimate(frechet(moments([truth[order[:half]]]), moments([truth[order[half : 2 * half]]])))
+            else:
+                continue
+            floors[name] = {**found._asdict(), "images": half, "kind": "halves"}
     return floors
 
 
@@ -267,5 +255,9 @@ def _protocol_texts(
         "perfect model on the same sources would, and a Fréchet distance of fewer images is biased upwards; paired "
         "scores of a target against another one (unrelated)"
     )
-    texts["data"] = protocols.describe(protocol)
+    texts["data"] = (
+        f"{protocol.name}: {protocol.images} images of {protocol.data}; split (not checked): {protocol.split}"
+        if protocol
+        else "none"
+    )
     return texts

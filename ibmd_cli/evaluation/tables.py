@@ -159,7 +159,10 @@ def notes(results: Results) -> Iterator[str]:
         yield f"* not comparable with published figures: {told}"
     yield from (f"not measured: {name}: {reason}" for name, reason in results["left_out"].items())
     times = f"times in batches of {settings['batch_size']} on {settings['device']}"
-    spread = "; below them the range of the timed calls" if any(row["ms_range"] for row in rows) else ""
+    known = [row["ms_range"] is not None for row in rows]
+    spread = ("; below them the range of the timed calls" if any(known) else "") + (
+        "" if all(known) else "; of fewer than three timed calls, no range and no comparison"
+    )
     yield f"{times}, {counted(settings['threads'], 'thread')}{spread}"
 
 
@@ -264,7 +267,8 @@ def gap_tables(results: Results) -> dict[int, Figures]:
         ]
         if ratio:
             cells.append(EMPTY if gap["diversity_ratio"] is None else Cell(f"{gap['diversity_ratio']:.2f}×"))
-        cells.append(Cell(f"{rounded(gap['speed_up'])}×", between(gap["speed_up_range"])))
+        spread = gap["speed_up_range"]  # without one, the ratio may be chance
+        cells.append(Cell(f"{rounded(gap['speed_up'])}×", between(spread)) if spread else EMPTY)
         table = tables.setdefault(gap["row"], Figures([*_labels(results), *ratio, "times as fast"], []))
         other = named(rows[gap["against"]]).replace(",", "")
         table.columns.append(Column(f"{rows[gap['row']]['label']} −", other, cells))

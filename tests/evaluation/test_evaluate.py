@@ -376,6 +376,19 @@ def test_a_folder_that_cannot_be_made_is_named_before_any_work(pairs: Path, tmp_
     assert "give another --out" in str(caught.value)
 
 
+@pytest.mark.parametrize("out", ["source/report", "target/a/b", "link/report", "source/../target"])
+def test_a_report_among_the_images_that_are_read_is_refused(pairs: Path, out: str):
+    """They would be taken for pairs the next time."""
+    (pairs / "link").symlink_to(pairs / "source")
+    with pytest.raises(IbmdError, match=rf"^--out {pairs / out}: "):
+        run("--data", pairs, "--out", pairs / out)
+    with pytest.raises(IbmdError, match=r"whose images are read; give another --out"):
+        run("--data", pairs / "target", "--degrade", "jpeg-10", "--out", pairs / "target" / "report")
+    with pytest.raises(IbmdError, match=r"whose images are read; give another --out"):
+        run("--metric", "fid", "--reference", pairs / "target", "--out", pairs / "target" / "report")
+    assert not any(path.is_dir() for side in ("source", "target") for path in (pairs / side).iterdir())
+
+
 def test_sizes_must_agree(pairs: Path):
     file = sorted((pairs / "target").iterdir())[3]
     Image.open(file).resize((40, 32)).save(file)
@@ -427,6 +440,10 @@ def test_absent_things_are_named(tmp_path: Path):
         (["--teacher-nfe", "1,"], "--teacher-nfe 1,: expected whole numbers"),
         (["--metric", "psnr,ssimm"], "--metric ssimm: no such metric: nearest: ssim"),
         (["--batch-size", 0], "--batch-size 0"),
+        (["--student", ""], "--student '': an empty name"),
+        (["--student", "builtin:outline2emoji", "--student", ""], "--student '': an empty name"),
+        (["--teacher", ""], "--teacher '': an empty name"),
+        (["--data", ""], "--data '': an empty name"),
         (["--student", "none", "--teacher", "none"], "--student none --teacher none"),
         (["--device", "abacus"], "--device 'abacus'"),
     ],

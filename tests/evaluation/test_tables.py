@@ -114,6 +114,20 @@ def test_speed_is_told_as_finely_as_timed_calls_carry(
     )
 
 
+def test_no_ratio_of_speeds_without_its_spread(results: dict):
+    """Of fewer than three timed calls it may be chance, as between a student and its copy."""
+    assert "10×" in shown(results, 200)
+    assert "no range" not in shown(results, 200)
+    for one in results["differences"]:
+        one["speed_up_range"] = None
+    for row in results["rows"]:
+        row["ms_range"] = None
+    text = shown(results, 200)
+    assert "10×" not in text
+    assert "below them the range" not in text
+    assert "of fewer than three timed calls, no range and no comparison" in text
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0123, "0.012"), (0.996, "1.0"), (5, "5.0"), (9.96, "10"), (14.4, "14"), (149, "150"), (123_456, "120,000")],
