@@ -54,9 +54,9 @@ class EvalConfig(Record):
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant together."""
         super().__post_init__()
-        for name in ("student", "teacher", "data"):
-            if "" in ((value := getattr(self, name)) if name == "student" else (value,)):
-                raise UsageError(f"--{name} '': an empty name")
+        for flag, given in (("--student", self.student), ("--teacher", (self.teacher,)), ("--data", (self.data,))):
+            if "" in given:
+                raise UsageError(f"{flag} '': an empty name")
         from ibmd_cli.images.find import named_data  # imports Pillow
 
         object.__setattr__(self, "data", self.data and named_data(self.data))
