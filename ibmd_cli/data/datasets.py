@@ -22,8 +22,8 @@ from ibmd_cli.reporting import Reporter, counted
 
 SOURCE, TARGET = SIDES = ("source", "target")
 """The two pictures of a pair, and the folders that hold them."""
-Notes = dict[int, dict[str, str]]
-"""Item → kinds of what is to be said of how it was read, each with the name of the picture."""
+Notes = dict[int, set[tuple[str, str]]]
+"""Item → what is to be said of how it was read: kind, and name of the picture."""
 
 
 class DataSet:
@@ -68,7 +68,7 @@ class DataSet:
     def noted(self, row: int, picture: Picture, name: str) -> Image.Image:
         """Keep what is to be said of a picture, and return its colours."""
         for note in picture.notes:
-            self.notes.setdefault(row, {})[note] = name
+            self.notes.setdefault(row, set()).add((note, name))
         return picture.rgb
 
     def read(self, row: int, *sides: str, alike: bool = False) -> Tensor:
@@ -227,7 +227,7 @@ class Rows(DataSet):
 def tell_notes(notes: Notes, told: Mapping[str, int], reporter: Reporter) -> dict[str, int]:
     """Say of how many pictures each kind of note is, unless `told` has the same number; return the numbers."""
     names = defaultdict[str, list[str]](list)
-    for kind, name in (note for row in sorted(notes) for note in notes[row].items()):
+    for kind, name in (note for row in sorted(notes) for note in sorted(notes[row])):
         names[kind].append(name)
     for kind, of in names.items():
         if told.get(kind) != len(of):

@@ -321,7 +321,7 @@ class SourceImages:
     def _checked(self, batch: Loaded) -> Loaded:
         """Name the images that cannot be read, and what is to be said of others; refuse too many broken ones."""
         self.notes |= batch.notes
-        if {kind for notes in batch.notes.values() for kind in notes} - set(self.told):
+        if {kind for notes in batch.notes.values() for kind, _ in notes} - set(self.told):
             self.told = tell_notes(self.notes, self.told, self.reporter)
         self.seen[batch.asked] = True
         new = [error for row, error in batch.broken.items() if row not in self.broken]

@@ -74,13 +74,13 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 
 def test_notes_of_images_are_counted_and_said_once_per_kind(tmp_path: Path):
     pairs = write_pairs(tmp_path / "pairs", 3)
-    files = sorted((pairs / "source").iterdir())
-    for file in files[:2]:
+    files = [file for side in ("source", "target") for file in sorted((pairs / side).iterdir())]
+    for file in files[1:]:
         with Image.open(file) as image:
             image.load()
             image.save(file, icc_profile=b"no profile")
     told = run("--data", pairs.as_uri(), "--teacher", "none", "--metric", "psnr").stderr
-    note = f"--data: {files[0]} and 1 other: its colour profile is ignored (damaged profile)"
+    note = f"--data: {files[3]} and 4 others: its colour profile is ignored (damaged profile)"
     assert told.replace("\n", " ").count(note) == 1
 
 
