@@ -11,12 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_ANY = "surrogateescape"  # as Python reads bytes of names that are no text in the locale
 _GROUP = 16  # numbers that PyTorch makes at a time: eight radii, eight angles
 
 
 def seed_of(seed: int, *place: int | str) -> int:
-    """Return the seed of the random stream of a place, −2⁶³ … 2⁶³ − 1; see `noise.stream`."""
-    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
+    """Return the seed of the random stream of a place, −2⁶³ … 2⁶³ − 1; names of files count as UTF-8 in any locale."""
+    as_utf8 = (p.encode("utf-8", _ANY).decode("utf-8", _ANY) if isinstance(p, str) else p for p in place)
+    digest = hashlib.sha256(repr((seed, *as_utf8)).encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 

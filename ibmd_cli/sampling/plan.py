@@ -22,7 +22,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import NAME_MAX, folds_case, is_stream, unwritable, why
 from ibmd_cli.images.decode import shown
 from ibmd_cli.images.encode import WRITABLE
-from ibmd_cli.images.find import find_images, find_matches, named_path, passed_over
+from ibmd_cli.images.find import TARGET, find_images, find_matches, named_path, passed_over
 from ibmd_cli.images.fit import Geometry
 from ibmd_cli.images.metadata import Metadata
 from ibmd_cli.images.tiles import Tiles
@@ -231,12 +231,22 @@ def _images(path: Path, root: Path, config: SampleConfig, plan: Plan) -> Iterato
     output = Path(config.output) if config.output else None
     passed = Counter[str]()
     found = find_images(path, config.recursive, output, _unlisted(plan), passed)
+    if targets := {file for file in found if _is_target(file, path)}:
+        found, passed[TARGET] = [file for file in found if file not in targets], len(targets)
     if found:
         plan.passed += passed
     elif len(plan.failed) == before:
         told = f"; {text}" if (text := passed_over(passed)) else ""
         plan.fail(str(path), f"{shown(path)}: no images in this folder{told}")
     yield from (Job(file.name, file, file.relative_to(root).as_posix()) for file in found)
+
+
+def _is_target(file: Path, folder: Path) -> bool:
+    """Tell whether a file that was found in a folder is a target of pairs: below a target/ beside a source/."""
+    if "target" not in file.parts:
+        return False
+    inside = [parent for parent in file.parents if folder in parent.parents]
+    return any(parent.name == "target" and (parent.parent / "source").is_dir() for parent in inside)
 
 
 def stands(output: Path | str | None) -> bool:

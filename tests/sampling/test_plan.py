@@ -137,6 +137,18 @@ def test_outputs_within_the_folder_of_a_glob_are_no_inputs(sample, drawings, tmp
     assert made[0] == made[1] == made[2]
 
 
+@pytest.mark.parametrize("inside", ["pairs", "pairs/more"])
+def test_of_pairs_sources_are_translated_and_targets_named(sample, drawings, tmp_path, inside):
+    """A folder means the same in every command; a folder target/ by itself holds inputs like any other."""
+    shutil.copytree(drawings, tmp_path / inside / "target")
+    drawings.rename(tmp_path / inside / "source")
+    result = sample("-i", "pairs", "--recursive", "-o", "out/")
+    assert (result.code, len(result.paths)) == (0, 8)
+    assert all("/source/" in path for path in result.paths)
+    assert "passed over 8 targets of pairs: sources are what is translated" in " ".join(result.err.split())
+    assert len(sample("-i", f"{inside}/target", "-o", "other/").paths) == 8
+
+
 def test_a_full_disk_says_what_is_needed_and_how_to_go_on(sample, drawings, tmp_path):
     """On a real one, of 16 KiB."""
     out = tmp_path / "small"
