@@ -42,7 +42,7 @@ class Claims:
     def take(self, output: Path) -> bool:
         """Claim an output, unless it exists or another process has claimed it."""
         if self.locks and not os.path.lexists(output):
-            file = _file(output)
+            file = _claim_file(output)
             file.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -68,7 +68,7 @@ class Claims:
         """Let others have an output, if it was claimed; after it was written, they see that it exists."""
         handle = self.held.pop(output, None)
         if handle is not None:
-            _file(output).unlink(missing_ok=True)
+            _claim_file(output).unlink(missing_ok=True)
             os.close(handle)
 
     def _do_without(self, error: OSError) -> None:
@@ -81,6 +81,6 @@ class Claims:
             self.locks = False
 
 
-def _file(output: Path) -> Path:
+def _claim_file(output: Path) -> Path:
     name = hashlib.blake2b(os.fsencode(output.name), digest_size=8).hexdigest()  # however long the output's name is
     return output.with_name(f".ibmd-{name}.claim")

@@ -16,10 +16,8 @@ from typing import Any
 
 from ibmd_cli.errors import IbmdError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Codes of the errors after which no other file can be written either: the disk is full, or the user's share of it."""
-NAME_MAX = 255
-"""Bytes of the longest names that file systems have."""
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the user's share of it: no other file can be written either
+NAME_MAX = 255  # bytes of the longest names that file systems have
 _MENDS = {
     errno.EACCES: "check its permissions, or choose another place",
     errno.EPERM: "check its permissions, or choose another place",
@@ -125,7 +123,7 @@ def atomic_file(path: Path, replace: bool = True, size: int = 0) -> Iterator[Pat
                 shutil.copyfileobj(content, stream)
         return
     target = Path(os.path.realpath(path)) if replace and path.is_symlink() else path
-    new = _beside(target, f".tmp{path.suffix}")
+    new = _temporary(target, f".tmp{path.suffix}")
     with _errors_name(path, new, size):
         try:
             handle = _create(new)
@@ -157,7 +155,7 @@ def write_file(path: Path, data: bytes, replace: bool = True) -> None:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, which takes its place if the block ends well."""
-    new = _beside(path, ".tmp")
+    new = _temporary(path, ".tmp")
     old = new.with_suffix(".old")
     with _errors_name(path, new):
         _make_folder(path.parent)
@@ -241,7 +239,7 @@ def _make_folder(folder: Path) -> None:
         raise _error(errno.ENOTDIR) from None
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def _temporary(path: Path, suffix: str) -> Path:
     return path.with_name(f".ibmd-{secrets.token_hex(6)}{suffix}")
 
 
@@ -284,9 +282,6 @@ def sha256(file: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------- references
 
 
 def assets() -> Path:

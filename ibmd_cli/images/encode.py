@@ -48,7 +48,7 @@ def encode(
     if dpi is not None:
         options = options | {"dpi": dpi}
     if form != "BMP" and (software or metadata):
-        options = options | _beside(form, metadata or Metadata(), software)
+        options = options | _options_of_metadata(form, metadata or Metadata(), software)
     buffer = io.BytesIO()
     try:
         image.save(buffer, form, **options)
@@ -57,7 +57,7 @@ def encode(
     return buffer.getvalue()
 
 
-def _beside(form: str, metadata: Metadata, software: str) -> dict[str, Any]:
+def _options_of_metadata(form: str, metadata: Metadata, software: str) -> dict[str, Any]:
     """Return Pillow's options for metadata."""
     base = metadata.base | ({SOFTWARE: software.encode("utf-8", "backslashreplace")} if software else {})
     exif = to_exif(base, metadata.camera)

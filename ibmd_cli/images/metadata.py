@@ -39,9 +39,9 @@ def read_metadata(image: Image.Image, profile: bytes) -> Metadata:
     camera: dict[int, Any] = {}
     try:
         exif = image.getexif()
-        base = {tag: value for tag in _BASE if (value := _plain(exif.get(tag))) is not None}
+        base = {tag: value for tag in _BASE if (value := _writable_value(exif.get(tag))) is not None}
         inner = exif.get_ifd(EXIF_IFD)
-        camera = {tag: value for tag in _CAMERA if (value := _plain(inner.get(tag))) is not None}
+        camera = {tag: value for tag in _CAMERA if (value := _writable_value(inner.get(tag))) is not None}
         to_exif(base, camera).tobytes()
     except Exception:  # Pillow raises whatever damaged bytes lead to
         camera = {}
@@ -59,7 +59,7 @@ def to_exif(base: dict[int, Any], camera: dict[int, Any]) -> Image.Exif:
     return exif
 
 
-def _plain(value: Any) -> Any:
+def _writable_value(value: Any) -> Any:
     """Return a number, a line of UTF-8, some bytes, or a few of these; None for all else, and what is damaged."""
     if isinstance(value, str):
         with suppress(UnicodeError):
@@ -69,7 +69,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value if 0 < len(value) <= 64 else None
     if isinstance(value, tuple):
-        return value if 0 < len(value) <= 8 and all(_plain(part) is not None for part in value) else None
+        return value if 0 < len(value) <= 8 and all(_writable_value(part) is not None for part in value) else None
     try:
         return value if abs(float(value)) < 2**32 else None
     except (TypeError, ValueError, ZeroDivisionError):

@@ -1,7 +1,6 @@
-"""PyTorch models at work for `translating.Translator`: NumPy arrays in and out."""
+"""PyTorch models as engines of a `Translator`: NumPy arrays in and out."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ibmd_cli.processes import this_process
 
 
 class TorchEngine:
-    """Runs a student or a teacher; see `translating.Engine`.
+    """Runs a student or a teacher; methods as `translator.Engine` says.
 
     Args:
         model: on the device where it is to run.
@@ -50,15 +49,14 @@ class TorchEngine:
         self.device = str(self.place)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the file with the weights; nothing if they come from none."""
+        """Return the SHA-256 of the weights' file; nothing if they come from none."""
         return self.model.digest() if self.model.weights else ""
 
-    def stream(self, seed: int, *place: int | str) -> torch.Generator:
-        """Return the random stream of a place."""
-        return stream(seed, *place)
+    stream = staticmethod(stream)
+    spread = staticmethod(single_threaded)
 
     def fill_hole(self, x_T: np.ndarray, mask: np.ndarray, rng: Sequence[torch.Generator]) -> np.ndarray:
-        """Fill holes; see `degradations.fill_hole`."""
+        """Fill the holes of sources as the model expects them."""
         return fill_hole(torch.from_numpy(x_T), torch.from_numpy(mask), self.config["mask"]["fill"], rng).numpy()
 
     def translate(
@@ -68,11 +66,7 @@ class TorchEngine:
         mask: np.ndarray | None = None,
         label: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Translate sources (B, 3, H, W) in [-1, 1]; returns the same shape.
-
-        Raises:
-            MemoryError: there is not enough for such a batch.
-        """
+        """Translate sources; too many of them for the memory raise MemoryError."""
         source, hole, kind = (None if v is None else torch.from_numpy(v).to(self.place) for v in (x_T, mask, label))
         assert source is not None
         try:
@@ -86,29 +80,21 @@ class TorchEngine:
             torch.cuda.empty_cache()
         raise MemoryError(words)
 
-    def spread(self) -> AbstractContextManager[int]:
-        """Give each batch one thread of the CPU, see `translating.Engine`."""
-        return single_threaded()
-
 
 def load_engine(
     model: str | TeacherRef,
     *,
     device: str = "auto",
-    nfe: int | None = None,
-    sampler: str | None = None,
-    options: Mapping[str, Any] | None = None,
     quiet: bool = False,
+    **settings: Any,
 ) -> TorchEngine:
     """Load a student by its reference, or a teacher, on its device.
 
     Args:
         model: which.
         device: see `devices.resolve_device`; with several processes, each takes a GPU of its own.
-        nfe: see `TorchEngine`.
-        sampler: see `TorchEngine`.
-        options: see `TorchEngine`.
         quiet: show no progress of downloads.
+        settings: of `TorchEngine`.
 
     Raises:
         NotAvailable, UsageError, IbmdError: see `folder.load_student` and `teachers.load_teacher`.
@@ -117,7 +103,7 @@ def load_engine(
     if place.type == "cuda" and place.index is None and (process := this_process()).launched:
         place = torch.device("cuda", process.local_rank)
     if isinstance(model, TeacherRef):
-        return TorchEngine(load_teacher(model, device=place, quiet=quiet), nfe, sampler, options)
+        return TorchEngine(load_teacher(model, device=place, quiet=quiet), **settings)
     student = load_student(model)
     student.to(place)
-    return TorchEngine(student, nfe, sampler, options)
+    return TorchEngine(student, **settings)

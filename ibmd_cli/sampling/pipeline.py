@@ -38,9 +38,9 @@ from ibmd_cli.sampling.read import Inputs
 from ibmd_cli.sampling.results import Appeared, DiskFull, Results, Stop
 from ibmd_cli.sampling.translator import Engine, Translator
 
-READERS, WRITERS = 4, 4  # threads, at most
+MOST_READERS, MOST_WRITERS = 4, 4  # threads, at most
 SLOW = 1.0  # seconds of the network for a picture, from which on it waits until that is written and reported
-T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 def sample(config: SampleConfig, reporter: Reporter) -> int:
@@ -73,7 +73,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
                 results.skip(job)
             inputs = _together(process, gather, lambda: _prepare(config, reporter) if plan.jobs else None)
             if inputs is not None:
-                results.model = {"model": _name(config), "model_sha256": inputs.translator.engine.digest()}
+                results.model = {"model": _model_name(config), "model_sha256": inputs.translator.engine.digest()}
                 _work(plan.jobs, inputs, config, results)
         except KeyboardInterrupt:
             reporter.warn(f"interrupted: {results.summary()}; the same command with --on-exists skip does the rest")
@@ -92,7 +92,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> int:
     return 3 if results.failed else 0
 
 
-def _together(process: int, gather: AllGather, do: Callable[[], T]) -> T:
+def _together(process: int, gather: AllGather, do: Callable[[], Made]) -> Made:
     """Do something in every process, and go on when all have done it; if one cannot, all end, and the first tells."""
     result, error = None, None
     try:
@@ -104,13 +104,13 @@ def _together(process: int, gather: AllGather, do: Callable[[], T]) -> T:
         if process > 0 and len(errors) > 1:
             raise SystemExit(first.exit_code)
         raise first
-    return cast(T, result)
+    return cast(Made, result)
 
 
 def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
     """Load the model, and check the settings against it."""
-    engine = _load(config, reporter.quiet)
-    if config.fit == "tile" and not _tiles(engine, config):
+    engine = _load_model(config, reporter.quiet)
+    if config.fit == "tile" and not _may_tile(engine, config):
         raise UsageError(
             f"--fit tile: {engine.name} ({engine.config.get('task')}) must see a whole image at once: choose pad, crop "
             'or stretch; or, if each part can stand alone, set "tiles": true in section "image" of its config.json'
@@ -128,13 +128,13 @@ def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
         warn=reporter.warn,
     )
     reporter.note(
-        f"{_name(config)} on {engine.device}: {engine.nfe} network call{'s' * (engine.nfe > 1)} an image, "
-        f"{_size(config, translator)}"
+        f"{_model_name(config)} on {engine.device}: {engine.nfe} network call{'s' * (engine.nfe > 1)} an image, "
+        f"{_result_size(config, translator)}"
     )
     return Inputs(config, translator)
 
 
-def _tiles(engine: Engine, config: SampleConfig) -> bool:
+def _may_tile(engine: Engine, config: SampleConfig) -> bool:
     """Tell whether a model may see parts of an image: as it says, or if it restores what each part shows."""
     restores = engine.config.get("degradation") or engine.config.get("mask") or engine.source_scale > 1
     return bool(engine.config["image"].get("tiles", restores or config.degrade))
@@ -145,7 +145,9 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: Re
     sheet = Sheet(config.grid) if config.grid and not _keep(config.grid, config, results) else None
     whole = config.fit == "tile" or (config.restore_size and (config.alpha == "keep" or inputs.mask is not None))
     most = 1 if whole else 4 * translator.size  # images that are read ahead, and that wait to be written
-    readers, writers = (ThreadPoolExecutor(n) for n in (max(1, min(READERS, (os.cpu_count() or 1) - 1)), WRITERS))
+    readers, writers = (
+        ThreadPoolExecutor(n) for n in (max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1)), MOST_WRITERS)
+    )
     waiting: deque[Future[Job]] = deque()
     with ExitStack() as meters, own_limits(), Claims(reporter.warn) as claims, readers, writers:
         stream = None
@@ -215,7 +217,7 @@ def _report_rest(waiting: deque[Future[Job]], results: Results) -> None:
 # ------------------------------------------------------------------------------------------------------- model
 
 
-def _load(config: SampleConfig, quiet: bool) -> Engine:
+def _load_model(config: SampleConfig, quiet: bool) -> Engine:
     if config.student is not None and is_exported(config.student):
         if config.device not in ("auto", "cpu"):
             raise UsageError(f"--device {config.device}: {shown(config.student)} runs on the CPU; leave --device out")
@@ -239,7 +241,7 @@ def _load(config: SampleConfig, quiet: bool) -> Engine:
     )
 
 
-def _name(config: SampleConfig) -> str:
+def _model_name(config: SampleConfig) -> str:
     return config.teacher or config.student or STUDENT
 
 
@@ -257,7 +259,7 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _size(config: SampleConfig, translator: Translator) -> str:
+def _result_size(config: SampleConfig, translator: Translator) -> str:
     if config.restore_size:
         return f"results of {translator.side}×{translator.side} pixels, scaled to the size of their inputs"
     if config.fit == "tile":
@@ -293,7 +295,7 @@ class _Outputs:
         self.config, self.translator, self.claims, self.sheet = config, translator, claims, sheet
         self.stream, self.budget = stream, Budget()
         nfe = translator.engine.nfe
-        model = f"{shown(_name(config))} sha256={sha256[:16]}"
+        model = f"{shown(_model_name(config))} sha256={sha256[:16]}"
         self.made_by = f"ibmd {__version__} {model} nfe={nfe} seed={config.seed}"
 
     def write(self, job: Job) -> Job:

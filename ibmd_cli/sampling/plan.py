@@ -135,7 +135,7 @@ def make_plan(config: SampleConfig, process: int = 0, processes: int = 1) -> Pla
     _check_output(found, config)
     folder = config.output is not None and is_folder(config.output)
     variants = range(1, config.variants + 1)
-    plan.jobs = [replace(job, variant=v, output=_output(job, v, config, folder)) for job in found for v in variants]
+    plan.jobs = [replace(job, variant=v, output=_output_of(job, v, config, folder)) for job in found for v in variants]
     if config.to_stdout:
         return plan
     plan.jobs = _unique(plan.jobs)
@@ -185,16 +185,16 @@ def _find(config: SampleConfig, plan: Plan) -> Iterator[Job]:
         if text == "-":
             yield Job("stdin", place="stdin")
             continue
-        for path, base in _matches(text, config, plan):
-            yield from _images(path, base or (path if os.path.isdir(path) else path.parent), config, plan)
+        for path, base in _paths_of(text, config, plan):
+            yield from _images_of(path, base or (path if os.path.isdir(path) else path.parent), config, plan)
     for text in _listed(config):
-        if (named := _named(text, plan)) is not None:
+        if (named := _path_of(text, plan)) is not None:
             whole = not named.is_absolute() and ".." not in named.parts  # then its place in the tree is kept
             root = Path() if whole else named if os.path.isdir(named) else named.parent
-            yield from _images(named, root, config, plan)
+            yield from _images_of(named, root, config, plan)
 
 
-def _named(text: str, plan: Plan) -> Path | None:
+def _path_of(text: str, plan: Plan) -> Path | None:
     """Return the path that a user's text names; note one that names none."""
     try:
         return Path(named_path(text))
@@ -203,9 +203,9 @@ def _named(text: str, plan: Plan) -> Path | None:
         return None
 
 
-def _matches(text: str, config: SampleConfig, plan: Plan) -> list[tuple[Path, Path | None]]:
+def _paths_of(text: str, config: SampleConfig, plan: Plan) -> list[tuple[Path, Path | None]]:
     """Return the files and folders that an input stands for, each with the folder that its glob begins with."""
-    if (path := _named(text, plan)) is None:
+    if (path := _path_of(text, plan)) is None:
         return []
     if os.path.lexists(path):
         return [(path, None)]
@@ -225,7 +225,7 @@ def _made_here(path: Path, base: Path, config: SampleConfig) -> bool:
     return output != Path(os.path.realpath(base)) and output in inside.parents and output not in base.resolve().parents
 
 
-def _images(path: Path, root: Path, config: SampleConfig, plan: Plan) -> Iterator[Job]:
+def _images_of(path: Path, root: Path, config: SampleConfig, plan: Plan) -> Iterator[Job]:
     """Yield the images that a path stands for, and note if there are none."""
     before = len(plan.failed)
     output = Path(config.output) if config.output else None
@@ -306,7 +306,7 @@ def _check_output(found: Sequence[Job], config: SampleConfig) -> None:
             raise UsageError(f"--output {name}: one file for {len(found)} images; give a folder with / at its end")
 
 
-def _output(job: Job, variant: int, config: SampleConfig, folder: bool) -> Path | None:
+def _output_of(job: Job, variant: int, config: SampleConfig, folder: bool) -> Path | None:
     mark = f".{variant}" if config.variants > 1 else ""
     place = PurePath(job.place)
     stem = place.name if config.keep_suffix and place.suffix.lower() != config.suffix else place.stem

@@ -97,7 +97,7 @@ class Student:
             IbmdError: `images` is something else, an image is damaged, or a tensor has the wrong shape or NaNs; the
                 model needs a mask or label, or does not take one; or there are not as many names as images.
         """
-        _check(images)
+        _check_images(images)
         translator = Translator(self.engine, seed=seed, fit=fit, restore_size=restore_size, batch_size=batch_size)
         count = 1 if isinstance(images, Image.Image) else len(images)
         names = [str(i) for i in range(count)] if names is None else names
@@ -116,7 +116,7 @@ class Student:
         return results[0] if isinstance(images, Image.Image) else results
 
 
-def _check(images: object) -> None:
+def _check_images(images: object) -> None:
     """Refuse what is neither a Pillow image, nor a sequence of them, nor a batch of images as a tensor."""
     if isinstance(images, Tensor):
         if images.ndim != 4 or not len(images) or not images.is_floating_point() or not images.isfinite().all():

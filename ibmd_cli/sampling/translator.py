@@ -26,11 +26,11 @@ from ibmd_cli.sampling.plan import Job
 CPU_BATCH_PIXELS = 16 * 32 * 32
 """In the network at once: fills a core with small images; large ones go one by one. A single image costs as much as a
 whole batch, so no more than that."""
-FITS = ("pad", "stretch", "crop", "tile")
+FIT_MODES = ("pad", "stretch", "crop", "tile")
 
 
 class Engine(Protocol):
-    """What runs a model, in NumPy arrays: `engines.TorchEngine`, or an `exported.ExportedStudent`.
+    """What runs a model, in NumPy arrays: a `TorchEngine`, or an `ExportedStudent`.
 
     Attributes:
         config: the content of the model's `config.json`.
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """Give each batch one thread of the CPU, within the block; returns how many batches then fill the CPU."""
 
 
-Group = list[tuple[Job, int]]
+TileBatch = list[tuple[Job, int]]
 """Tiles that go through the network together: jobs, and the numbers of their tiles."""
 
 
@@ -105,8 +105,8 @@ class Translator:
         degradation: str | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
-        if fit not in FITS:
-            raise UsageError(f"fit {fit!r}: expected {', '.join(FITS)}")
+        if fit not in FIT_MODES:
+            raise UsageError(f"fit {fit!r}: expected {', '.join(FIT_MODES)}")
         self.engine, self.seed, self.fit, self.restore_size, self.warn = engine, seed, fit, restore_size, warn
         self.degrade = None if degradation is None else _degradation(degradation)
         self.side = engine.image_size
@@ -125,15 +125,12 @@ class Translator:
 
         Args:
             picture: upright sRGB.
-            job: gets the canvas, and what `finish` needs.
+            job: gets the canvas, and what `finish` needs; it is returned.
             mask: white = hole; in the image's size, or enlarged or reduced to it (nearest pixel).
             label: class.
 
-        Returns:
-            The job.
-
         Raises:
-            IbmdError: see `canvas`.
+            IbmdError: as `canvas`.
         """
         job.geometry = geometry = arrange(picture.rgb.size, self.side // self.scale, self.fit)
         if mask is not None:
@@ -151,11 +148,8 @@ class Translator:
 
         Args:
             x: (3, H, W), uint8 or float32 in [-1, 1].
-            job: gets it; `job.hole` is to be there already.
+            job: gets it, and is returned; `job.hole` is to be there already.
             label: class.
-
-        Returns:
-            The job.
 
         Raises:
             IbmdError: the model needs a hole or label and there is none, or the reverse; or x has another size.
@@ -208,7 +202,7 @@ class Translator:
                 if i == len(tiles) - 1:
                     yield job
 
-    def _translated(self, jobs: Iterable[Job]) -> Iterator[tuple[Group, np.ndarray, float]]:
+    def _translated(self, jobs: Iterable[Job]) -> Iterator[tuple[TileBatch, np.ndarray, float]]:
         """Yield batches of tiles with their translations and the seconds that took, in order."""
         tiles = ((job, i) for job in jobs for i in range(len(job.tiles)))
         groups = iter(lambda: list(islice(tiles, self.size)), [])
@@ -216,7 +210,7 @@ class Translator:
             for group in groups:
                 yield group, *self._network(group)
             return
-        waiting: deque[tuple[Group, Future[tuple[np.ndarray, float]]]] = deque()
+        waiting: deque[tuple[TileBatch, Future[tuple[np.ndarray, float]]]] = deque()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 for group in groups:
@@ -249,7 +243,7 @@ class Translator:
             image.putalpha(job.alpha.resize(image.size))
         return image
 
-    def _network(self, group: Group) -> tuple[np.ndarray, float]:
+    def _network(self, group: TileBatch) -> tuple[np.ndarray, float]:
         """Translate tiles; returns (len(group), 3, side, side), and the seconds that it took.
 
         When memory does not suffice, from then on half as many at a time: the last bits may differ from those of a run
@@ -268,7 +262,7 @@ class Translator:
             images = f"image{'s' * (self.size > 1)}"
             self.warn(f"out of memory: from here on {self.size} {images} at a time (last bits may differ)")
 
-    def _batch(self, group: Group, size: int) -> np.ndarray:
+    def _batch(self, group: TileBatch, size: int) -> np.ndarray:
         """Run the network on tiles. On a CPU always on `size` of them, the last one repeated if there are fewer.
 
         The kernels that PyTorch chooses depend on the size of the batch, and their last bits differ.

@@ -20,7 +20,7 @@ from hostile import write_corpus
 from PIL import Image
 
 from ibmd_cli import __version__
-from ibmd_cli.claims import Claims, _file
+from ibmd_cli.claims import Claims, _claim_file
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file, sha256
@@ -445,7 +445,7 @@ def test_a_full_disk_ends_the_run_and_what_is_done_is_told(sample, drawings, tmp
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     monkeypatch.setattr(os, "fsync", full)
-    monkeypatch.setattr(pipeline, "WRITERS", 1)
+    monkeypatch.setattr(pipeline, "MOST_WRITERS", 1)
     result = sample("-i", drawings, "-o", "out/", "--json")
     assert result.code == 1
     done = [line["output"] for line in result.lines if line["status"] == "done"]
@@ -973,7 +973,7 @@ def test_claims(tmp_path):
         output.unlink()
         assert mine.take(output)
     assert list((tmp_path / "out").iterdir()) == []
-    (tmp_path / "out" / _file(output).name).touch()  # left by a process that was killed
+    (tmp_path / "out" / _claim_file(output).name).touch()  # left by a process that was killed
     with Claims() as mine:
         assert mine.take(output)
 

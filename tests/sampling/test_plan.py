@@ -245,6 +245,12 @@ def test_names_that_differ_in_case_alone_collide_where_the_file_system_says_so(s
     assert ("in/A.png and in/a.png would both become out/A.png" in result.err) == folds
 
 
+@pytest.mark.parametrize("option", ["--input", "--output", "--grid"])
+def test_an_empty_name_is_no_folder(sample, drawing, option):
+    result = sample("-i", drawing, option, "")
+    assert (result.code, f"{option}: is empty" in result.err, result.stdout) == (2, True, b"")
+
+
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 def test_other_names_of_stdout(sample, drawing, name):
     assert sample("-i", drawing, "-o", name).stdout == sample("-i", drawing, "-o", "-").stdout

@@ -20,7 +20,7 @@ from ibmd_cli.models.model import StudentModel, TeacherModel
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.sampling.engine import TorchEngine
 from ibmd_cli.sampling.plan import Job
-from ibmd_cli.sampling.translator import FITS, Translator
+from ibmd_cli.sampling.translator import FIT_MODES, Translator
 
 ALPHA = ["white", "keep", "drop"]
 
@@ -115,7 +115,7 @@ MODES = st.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(SIDES, SIDES, MODES, st.sampled_from(FITS), st.booleans(), st.sampled_from([1, 4]), st.sampled_from(ALPHA))
+@given(SIDES, SIDES, MODES, st.sampled_from(FIT_MODES), st.booleans(), st.sampled_from([1, 4]), st.sampled_from(ALPHA))
 def test_results_have_the_size_and_transparency_of_the_rule(models, width, height, mode, fit, restore, scale, alpha):
     """And a model that changes nothing gives an image back that is flat."""
     base = Image.new("RGBA" if mode in ("RGBA", "LA") else "RGB", (width, height), (200, 80, 40))
