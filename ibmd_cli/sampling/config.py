@@ -84,15 +84,9 @@ class SampleConfig(Record):
         super().__post_init__()
         if not self.inputs and self.files_from is None:
             raise UsageError("no input: give files, folders or globs, or - for an image on stdin: --input drawing.png")
-        for flag, given in (
-            ("--input", "" in self.inputs),
-            ("--output", self.output == ""),
-            ("--grid", self.grid == ""),
-        ):
-            if given:
-                raise UsageError(
-                    f"{flag}: is empty, as an unset variable of a shell is; give a path, . for this folder"
-                )
+        for flag, given in (("--input", self.inputs), ("--output", [self.output]), ("--grid", [self.grid])):
+            if "" in given:
+                raise UsageError(f"{flag}: is empty, like an unset variable; give a path, or . for this folder")
         if "-" in self.inputs and self.files_from == "-":
             raise UsageError("--input - and --files-from -: stdin is an image or a list; give the list as a file")
         if "-" in self.inputs and (kind := _no_pipe(sys.stdin)):

@@ -145,9 +145,8 @@ def _work(jobs: Sequence[Job], inputs: Inputs, config: SampleConfig, results: Re
     sheet = Sheet(config.grid) if config.grid and not _keep(config.grid, config, results) else None
     whole = config.fit == "tile" or (config.restore_size and (config.alpha == "keep" or inputs.mask is not None))
     most = 1 if whole else 4 * translator.size  # images that are read ahead, and that wait to be written
-    readers, writers = (
-        ThreadPoolExecutor(n) for n in (max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1)), MOST_WRITERS)
-    )
+    readers = ThreadPoolExecutor(max(1, min(MOST_READERS, (os.cpu_count() or 1) - 1)))
+    writers = ThreadPoolExecutor(MOST_WRITERS)
     waiting: deque[Future[Job]] = deque()
     with ExitStack() as meters, own_limits(), Claims(reporter.warn) as claims, readers, writers:
         stream = None

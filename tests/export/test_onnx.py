@@ -374,11 +374,11 @@ def test_ibmd_sample_does_all_without_pytorch(tmp_path: Path, tiny_config: dict,
     # from Python
     x_T, mask = embedded_pairs().x_T[:3, :, :16, :16].float() / 127.5 - 1, torch.zeros(3, 1, 16, 16)
     mask[..., 4:12, 4:12] = 1
-    exported = ibmd_cli.StudentModel.from_pretrained(str(tmp_path / "student.onnx"))
-    want, got = (one(x_T, mask=mask, label=3) for one in (ibmd_cli.StudentModel(student), exported))
+    exported = ibmd_cli.Student.from_pretrained(str(tmp_path / "student.onnx"))
+    want, got = (one(x_T, mask=mask, label=3) for one in (ibmd_cli.Student(student), exported))
     assert (got - want).abs().max() < 2e-4
     with pytest.raises(UsageError, match="runs on the CPU"):
-        ibmd_cli.StudentModel.from_pretrained(str(tmp_path / "student.onnx"), device="cuda")
+        ibmd_cli.Student.from_pretrained(str(tmp_path / "student.onnx"), device="cuda")
 
 
 # ------------------------------------------------------------------------------------------------------ failures

@@ -270,7 +270,7 @@ def test_scarce_memory_halves_the_batch(make, monkeypatch):
 
 @pytest.fixture(scope="module")
 def student() -> "ibmd_cli.Student":
-    return ibmd_cli.StudentModel.from_pretrained("builtin:outline2emoji", device="cpu")
+    return ibmd_cli.Student.from_pretrained("builtin:outline2emoji", device="cpu")
 
 
 def test_pillow_images(student, drawings):
@@ -354,7 +354,7 @@ def test_inpainting_student_from_python(make, tmp_path, tiny_config):
         },
     }  # fmt: skip
     save_model(StudentModel(make().predictor, config), tmp_path / "filler")
-    student = ibmd_cli.StudentModel.from_pretrained(str(tmp_path / "filler"), device="cpu")
+    student = ibmd_cli.Student.from_pretrained(str(tmp_path / "filler"), device="cpu")
     x, mask = to_tensor(noisy(16, 16))[None], torch.zeros(1, 1, 16, 16)
     mask[..., 4:9] = 1
     x_0 = student(x, mask=mask)
@@ -375,5 +375,5 @@ def test_import_stays_light():
 
 def test_only_students(tiny_teacher):
     with pytest.raises(IbmdError, match="where a student is needed"):
-        ibmd_cli.StudentModel.from_pretrained(str(tiny_teacher))
+        ibmd_cli.Student.from_pretrained(str(tiny_teacher))
     assert isinstance(load_model(str(tiny_teacher)), TeacherModel)
