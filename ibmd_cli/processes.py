@@ -75,7 +75,8 @@ def relaunch(count: int, arguments: list[str]) -> int:
     # "multi_gpu" is Accelerate's word for torchrun; with --device cpu the processes talk through gloo.
     options = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--main_process_port", str(port)]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would print a traceback
+    before = logging.root.manager.disable
+    logging.disable()  # the launcher would tell of every signal, and print a traceback
     try:
         launch_command(launch_command_parser().parse_args([*options, "-m", "ibmd_cli", *arguments]))
     except ChildFailedError as error:
@@ -89,6 +90,8 @@ def relaunch(count: int, arguments: list[str]) -> int:
         return code if code > 0 else 1
     except (SignalException, KeyboardInterrupt):
         return 130
+    finally:
+        logging.disable(before)
     return 0
 
 

@@ -9,7 +9,6 @@ a property of the JSON schema, with one type, default and check. Nothing heavy i
 import dataclasses
 import difflib
 import json
-import math
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -26,6 +25,8 @@ Layers = list[tuple[str, Mapping[str, Any]]]
 """Origins and the values of settings that come from them; the first that has a setting decides."""
 UNSET = "default"
 """Origin of a setting that nobody gave."""
+LARGEST = 2**63
+"""Of numbers, which are to fit into tensors."""
 YES_OR_NO = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 JSON_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", Path: "string"}
 BOUNDS = {"at_least": "minimum", "above": "exclusiveMinimum", "below": "exclusiveMaximum", "at_most": "maximum"}
@@ -131,8 +132,8 @@ class Setting:
                 raise ValueError
             return tuple(map(self._typed, items))
         except (TypeError, ValueError):
-            where = where or f"{self.flag} {_spelled(value)}"
-            raise UsageError(f"{where}: expected {self.expected}") from None
+            where, large = where or f"{self.flag} {_spelled(value)}", str(value).isdecimal() and float(value) >= LARGEST
+            raise UsageError(f"{where}: expected {self.expected}{', below 2^63' if large else ''}") from None
 
     def _typed(self, item: Any) -> Any:
         """Return an item in the first of the types that it can have."""
@@ -149,7 +150,7 @@ class Setting:
         if isinstance(item, bool) or not isinstance(item, int | float):
             return isinstance(item, bool) or not self.choices or item in self.choices
         bounds = ((self.at_least, ge), (self.above, gt), (self.below, lt), (self.at_most, le))
-        return math.isfinite(item) and all(bound is None or holds(item, bound) for bound, holds in bounds)
+        return abs(item) < LARGEST and all(bound is None or holds(item, bound) for bound, holds in bounds)
 
     @property
     def schema(self) -> dict[str, Any]:

@@ -91,6 +91,15 @@ def test_a_value_out_of_type_or_range_is_refused_by_its_name(name: str, text: st
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("command", RECORDS)
+@pytest.mark.parametrize("text", ["9" * 20, "9" * 400, "1e300", "-" + "9" * 30])
+def test_a_number_too_large_for_a_tensor_is_refused_by_its_name(command: str, text: str):
+    for one in settings_of(command):
+        if set(one.kinds) & {int, float} and not (one.kinds == [int] and "e" in text):
+            with pytest.raises(UsageError, match=f"{one.flag}.*expected"):
+                one.convert(text, one.flag)
+
+
 def test_a_record_made_in_python_is_checked():
     with pytest.raises(UsageError, match="--heat inf: expected a number above 0 and below 300"):
         Ovens(heat=float("inf"))

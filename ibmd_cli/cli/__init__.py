@@ -50,6 +50,8 @@ def _told(error: Exception) -> tuple[str, int]:
         words = str(error)
         if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
             return "out of memory: lower --batch-size or --micro-batch", 5
+        if "gloo/" in words or "NCCL" in words:
+            return "another process of this run ended, and this one with it; the same command continues", 1
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"disk full while writing {error.filename or 'a file'}: free some space and run again", 1

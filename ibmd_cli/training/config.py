@@ -56,7 +56,7 @@ class DistillConfig(Record):
     init: str = _student("", "Student to start from", metavar="REF", shown="the teacher")
     noise: bool = _student(True, "Give the student noise, to draw varied results")
     noise_channels: int = _student(3, "Channels of z", at_least=1, flags=())
-    steps: int = _training(3000, "Student updates, K", at_least=1,
+    steps: int = _training(3000, "Student updates, K", at_least=1, at_most=10**9,
         also=("epochs", "epoch", "iterations", "iters", "max-steps", "updates"))
     bridge_steps: int = _training(5, "Bridge-model updates for each of them, L", at_least=1)
     batch_size: int = _training(256, "Images per update", at_least=1, also=("batch", "bs", "b"))

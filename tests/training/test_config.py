@@ -86,7 +86,7 @@ def test_presets_are_the_rows_of_the_paper(row: tuple):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"steps": 0}, "--steps 0: expected a whole number of at least 1"),
+        ({"steps": 0}, "--steps 0: expected a whole number of at least 1 and at most 1e\\+09"),
         ({"lr": -1.0}, "--lr -1.0: expected a number above 0"),
         ({"lr": float("inf")}, "--lr inf: expected a number above 0"),
         ({"bridge_lr": "nan"}, "--bridge-lr nan: expected a number above 0"),
