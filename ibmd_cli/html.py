@@ -1,13 +1,17 @@
 """HTML pages: jinja2 templates of `assets/web`, pictures inside a page, and charts for the macro in `charts.html`."""
 
 import base64
+import io
 import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ibmd_cli.files import assets
+from PIL import Image
+
+from ibmd_cli.files import assets, atomic_file
 from ibmd_cli.reporting import counted
 
 if TYPE_CHECKING:
@@ -22,6 +26,12 @@ Points = Sequence[tuple[float, float]]
 def render(template: str, **content: Any) -> str:
     """Fill in a template of `assets/web`. Everything that is filled in is escaped."""
     return _environment().get_template(template).render(content)
+
+
+def write_html(file: Path, page: str) -> None:
+    """Write a page, whole or not at all; bytes of file names that are no UTF-8 stay as they are."""
+    with atomic_file(file) as new:
+        new.write_text(page, encoding="utf-8", errors="surrogateescape")
 
 
 def draw(chart: "Chart") -> str:
@@ -60,6 +70,17 @@ def data_uri(content: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def picture_uri(file: Path, widest: int, unscaled: int) -> tuple[bool, str]:
+    """Return whether a picture is as it was, which it is up to `unscaled` pixels, and its address; else in `widest`."""
+    with Image.open(file) as image:
+        if max(image.size) <= unscaled:
+            return True, data_uri(file.read_bytes())
+        image.thumbnail((widest, widest), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, format="webp", quality=90)
+    return False, data_uri(buffer.getvalue(), "image/webp")
+
+
 def typeset(text: str) -> str:
     """Set the numbers of a text: true minus signs; intervals and ranges stay on one line."""
     text = re.sub(r"\[([^][,]+),([^][,]+)\]", "[\\1,\N{NO-BREAK SPACE}\\2]", text)
@@ -69,34 +90,23 @@ def typeset(text: str) -> str:
 
 def short(value: float) -> str:
     """Write a number in the room that is left of a chart."""
-    text = f"{value:.4g}"
-    if 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    return text.replace("-", "−")
+    mantissa, _, exponent = f"{value:.3e}".partition("e")
+    tiny = 0 < abs(value) < 1e-3
+    return (f"{float(mantissa):g}e{int(exponent)}" if tiny else f"{value:.4g}").replace("-", "−")
 
 
 # --------------------------------------------------------------------------------------------------------- charts
 
 
 class Axis(NamedTuple):
-    """One side of a chart: which value lies at which pixel.
+    """One side of a chart: which value lies at which pixel."""
 
-    Attributes:
-        low: value at `start`.
-        high: value at `end`.
-        start: in pixels.
-        end: in pixels.
-        ticks: values to be written beside it.
-        log: whether equal ratios, not equal differences, are equally far apart.
-    """
-
-    low: float
-    high: float
-    start: float
+    low: float  # at `start`
+    high: float  # at `end`
+    start: float  # in pixels
     end: float
-    ticks: Sequence[float]
-    log: bool = False
+    ticks: Sequence[float]  # values to be written beside it
+    log: bool = False  # equal ratios, not equal differences, are equally far apart
 
     def __call__(self, value: float) -> float:
         """Return the pixel of a value; one beyond the ends lies at the end."""
@@ -113,47 +123,27 @@ class Line(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A value with its interval, or None for one without.
+    """A value, with its interval if it has one, in a colour and shape."""
 
-    Attributes:
-        kind: CSS class.
-        shape: SVG path around (0, 0).
-        hint: is shown when one points at it.
-        x: in pixels.
-        value: on the vertical axis.
-        low: end of the interval.
-        high: end of the interval.
-        level: whether a line across the chart shows its height.
-    """
-
-    kind: str
-    shape: str
-    hint: str
-    x: float
+    kind: str  # CSS class
+    shape: str  # SVG path around (0, 0)
+    hint: str  # is shown when one points at it
+    x: float  # in pixels
     value: float
     low: float | None
     high: float | None
-    level: bool
+    level: bool  # whether a line across the chart shows its height
 
 
 class Chart(NamedTuple):
-    """A chart: axes, and what is drawn over them from the back to the front.
+    """A chart: axes of `across` and `upwards`, and what is drawn over them."""
 
-    Attributes:
-        label: what it shows, for those who cannot see it.
-        x: of `across`.
-        y: of `upwards`.
-        band: range of values that is shaded.
-        lines: curves.
-        marks: single values.
-    """
-
-    label: str
+    label: str  # for those who cannot see it
     x: Axis
     y: Axis
     lines: Sequence[Line] = ()
     marks: Sequence[Mark] = ()
-    band: tuple[float, float] | None = None
+    band: tuple[float, float] | None = None  # range of values that is shaded
 
 
 def across(low: float, high: float, log: bool = False) -> Axis:
@@ -164,11 +154,11 @@ def across(low: float, high: float, log: bool = False) -> Axis:
 
 def upwards(values: Iterable[float]) -> Axis:
     """Return the vertical axis of a chart, from a round number below all values to one above."""
-    marks = ticks(*spread(values))
+    marks = ticks(*value_range(values))
     return Axis(marks[0], marks[-1], HEIGHT - BOTTOM, TOP, marks)
 
 
-def spread(values: Iterable[float]) -> tuple[float, float]:
+def value_range(values: Iterable[float]) -> tuple[float, float]:
     """Return the least and the greatest value, a little apart where they are the same, but for rounding."""
     values = list(values)
     low, high = min(values), max(values)

@@ -5,6 +5,7 @@ On a terminal, a bar; elsewhere a plain line every few seconds and no escape cod
 
 import codecs
 import io
+import math
 import os
 import sys
 import time
@@ -61,6 +62,13 @@ _PLAIN = {"…": "...", "×": "x", "–": "-", "→": "->", "≤": "<=", "≥": 
 def counted(count: int, noun: str) -> str:
     """Write a number of things: "1 pair", "1,234 pairs", "2 processes"."""
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def rounded(value: float) -> str:
+    """Write a positive number with two digits that count."""
+    short = float(f"{value:.2g}")
+    digits = max(0, 1 - math.floor(math.log10(short))) if short else 0
+    return f"{short:,.{digits}f}"
 
 
 def is_unicode(stream: IO[str] | None) -> bool:

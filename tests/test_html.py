@@ -7,7 +7,7 @@ import sys
 import pytest
 from html_page import HOSTILE
 
-from ibmd_cli.html import Axis, Chart, Line, Mark, across, draw, log_ticks, spread, ticks, upwards
+from ibmd_cli.html import Axis, Chart, Line, Mark, across, draw, log_ticks, ticks, upwards, value_range
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_texts_of_a_chart_are_escaped():
 def test_values_that_differ_by_rounding_alone_get_an_axis():
     """Means of a constant learning rate, as in run.html after 260 steps: 1e-4 and its two neighbours."""
     values = [1e-4, math.nextafter(1e-4, 0), math.nextafter(1e-4, 1)]
-    low, high = spread(values)
+    low, high = value_range(values)
     assert low < min(values) < max(values) < high
     axis = upwards(values)
     assert axis.low < axis.high

@@ -1,8 +1,8 @@
-"""Progress: what is said before, between and after units of work, with a bar and in lines."""
+"""Progress and numbers: what is said before, between and after units of work, with a bar and in lines."""
 
 import pytest
 
-from ibmd_cli.reporting import Meter
+from ibmd_cli.reporting import Meter, rounded
 
 
 @pytest.mark.parametrize("width", [30, 60, 80, 120])
@@ -28,3 +28,11 @@ def test_lines_without_a_terminal_tell_what_goes_on_before_the_first_unit(monkey
     meter.advance(2)
     assert told[0] == "distilling 0/2  warm-up 1/2"
     assert told[1].startswith("distilling 2/2  in 0:00")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123, "0.012"), (0.996, "1.0"), (5, "5.0"), (9.96, "10"), (14.4, "14"), (149, "150"), (123_456, "120,000")],
+)
+def test_two_digits_count(value: float, text: str):
+    assert rounded(value) == text

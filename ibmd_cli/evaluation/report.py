@@ -6,7 +6,6 @@ its script (`assets/web/report.js`), on a phone and on paper.
 
 import base64
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from ibmd_cli.evaluation import tables
 from ibmd_cli.evaluation.tables import Results
-from ibmd_cli.files import atomic_file
-from ibmd_cli.html import Chart, Line, Mark, across, asset, data_uri, render, upwards
+from ibmd_cli.html import Chart, Line, Mark, across, asset, picture_uri, render, upwards, write_html
+from ibmd_cli.reporting import rounded
 
 SHAPES = {
     "b": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
@@ -73,8 +70,7 @@ def write_report(out: Path, results: Results) -> None:
         texts={k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in settings.items()},
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    with atomic_file(out / "report.html") as new:
-        new.write_text(page, encoding="utf-8", errors="surrogateescape")
+    write_html(out / "report.html", page)
 
 
 def _title(results: Results) -> str:
@@ -92,11 +88,11 @@ def _summary(results: Results, gap: Results, name: str) -> dict[str, str]:
         what, spread = "speed", gap["speed_up_range"]
         if ratio < 1:
             what, spread = "time", [1 / end for end in spread[::-1]]
-        times = f"{tables.rounded(max(ratio, 1 / ratio))}×"
+        times = f"{rounded(max(ratio, 1 / ratio))}×"
         facts[f"the {what} of the {tables.named(teacher)} ({tables.between(spread)})"] = times
     same = row["nfe"] == teacher["nfe"]
     facts["per image, as the teacher" if same else f"per image, instead of {teacher['nfe']} NFE"] = f"{row['nfe']} NFE"
-    took, instead = (tables.rounded(one["ms_per_image"]) for one in (row, teacher))
+    took, instead = (rounded(one["ms_per_image"]) for one in (row, teacher))
     facts["per image" + (f", instead of {instead} ms" if ratio else "")] = f"{took} ms"
     ends = tables.bounds(gap[name], metric, "+")
     words = f"{tables.heading_of(metric)} minus the teacher's" + (f", 95 % interval {ends}" if ends else "")
@@ -222,19 +218,9 @@ def _embed(out: Path, albums: Sequence[Album]) -> dict[str, tuple[bool, str]]:
         file → whether its pixels are repeated, and its content as an address.
     """
     files = [tile.file for album in albums for row in album.rows for tile in row]
-    images = {file: _image(out / file) for file in set(files)}
+    images = {file: picture_uri(out / file, WIDEST, UNSCALED) for file in set(files)}
     share = MOST_BYTES / max(1, sum(len(images[file][1]) for file in files))
     for album in albums:
         room = max(1, min(len(album.rows), int(share * len(album.rows))))
         album.rows, album.left_out = album.rows[:room], len(album.rows) - room
     return images
-
-
-def _image(file: Path) -> tuple[bool, str]:
-    with Image.open(file) as image:
-        if max(image.size) <= UNSCALED:
-            return True, data_uri(file.read_bytes())
-        image.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, format="webp", quality=90)
-    return False, data_uri(buffer.getvalue(), "image/webp")

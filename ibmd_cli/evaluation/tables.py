@@ -3,7 +3,6 @@
 `results` is the content of `results.json`; its part `metrics` says how each score is shown.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ibmd_cli.metrics.scores import FEWEST
-from ibmd_cli.reporting import counted
+from ibmd_cli.reporting import counted, rounded
 
 ARROWS = {"low": "↓", "high": "↑", "": ""}
 """Where the better values of a score are."""
@@ -116,13 +115,6 @@ def resolved(gap: Results) -> float | None:
     ratio, spread = gap["speed_up"], gap["speed_up_range"]
     shown = spread is not None and not spread[0] <= 1 <= spread[1] and rounded(max(ratio, 1 / ratio)) != "1.0"
     return ratio if shown else None
-
-
-def rounded(value: float) -> str:
-    """Write a positive number with two digits that count."""
-    short = float(f"{value:.2g}")
-    digits = max(0, 1 - math.floor(math.log10(short))) if short else 0
-    return f"{short:,.{digits}f}"
 
 
 def between(ends: Sequence[float] | None) -> str:

@@ -7,7 +7,6 @@ as from any web server, and sends nothing anywhere. The runtime is fetched once,
 import base64
 import gzip
 import hashlib
-import io
 import shutil
 import subprocess
 import tarfile
@@ -19,9 +18,9 @@ from PIL import Image
 
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
-from ibmd_cli.files import atomic_file
-from ibmd_cli.html import data_uri, render
+from ibmd_cli.html import data_uri, render, write_html
 from ibmd_cli.hub import cache_folder
+from ibmd_cli.images.encode import encode
 from ibmd_cli.models.card import describe_teacher
 from ibmd_cli.models.model import StudentModel
 
@@ -32,7 +31,7 @@ RUNTIME = {
 }
 """Name in the template → file of the package's `dist`, and its SHA-256."""
 
-MAX_BYTES = 200_000_000
+LARGEST_MODEL = 200_000_000
 """Of a student in a page: browsers stumble over larger files."""
 
 DRAWINGS = [
@@ -44,7 +43,7 @@ DRAWINGS = [
 """Examples, for students of drawings: SVG paths on 72×72."""
 
 
-def write_page(student: StudentModel, model: Path, page: Path) -> None:
+def write_demo_page(student: StudentModel, model: Path, page: Path) -> None:
     """Write the page of a student; one that is there is replaced.
 
     Args:
@@ -59,9 +58,9 @@ def write_page(student: StudentModel, model: Path, page: Path) -> None:
     """
     if student.config["mask"] or student.config["classes"]:
         raise UsageError(f"--format web: {student.name} needs a mask or a class, for which a page has no place")
-    if (size := model.stat().st_size) > MAX_BYTES:
+    if (size := model.stat().st_size) > LARGEST_MODEL:
         raise UsageError(
-            f"--format web: {student.name} has {size / 1e6:.0f} MB: a page holds {MAX_BYTES / 1e6:.0f} MB at most; "
+            f"--format web: {student.name} has {size / 1e6:.0f} MB: a page holds {LARGEST_MODEL / 1e6:.0f} MB at most; "
             "export it as onnx"
         )
     config = student.config
@@ -86,12 +85,11 @@ def write_page(student: StudentModel, model: Path, page: Path) -> None:
         model=_pack(model.read_bytes()),
         **{name: _pack(content) for name, content in runtime().items()},
     )
-    with atomic_file(page) as new:
-        new.write_text(text, encoding="utf-8")
+    write_html(page, text)
 
 
 def runtime() -> dict[str, bytes]:
-    """Return the files of ONNX Runtime Web, from the cache or, the first time, by npm; see `RUNTIME`.
+    """Return the files of `RUNTIME`, from the cache or, the first time, by npm.
 
     Raises:
         NotAvailable: the package is not in the cache, and cannot be fetched.
@@ -155,13 +153,7 @@ def _examples(config: dict[str, Any]) -> list[str]:
     if not teacher.startswith("builtin:"):
         return []
     x_T = embedded_pairs(teacher.removeprefix("builtin:")).x_T[:3, :, ::scale, ::scale]
-    return [data_uri(_png(x)) for x in x_T.permute(0, 2, 3, 1).contiguous().numpy()]
-
-
-def _png(pixels: Any) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="png")
-    return stream.getvalue()
+    return [data_uri(encode(Image.fromarray(x))) for x in x_T.permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 def _pack(content: bytes) -> str:

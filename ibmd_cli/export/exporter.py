@@ -19,7 +19,7 @@ from ibmd_cli.data.degradations import fill_hole
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.export.config import FORMATS, ExportConfig
-from ibmd_cli.export.demo_page import write_page
+from ibmd_cli.export.demo_page import write_demo_page
 from ibmd_cli.export.load import open_exported
 from ibmd_cli.export.program import Unrolled, export_program
 from ibmd_cli.files import atomic_file
@@ -122,7 +122,7 @@ class Exporter:
                 )
             if config.format == "web":
                 say("packing it with its runtime into a page")
-                write_page(self.student, file, new)
+                write_demo_page(self.student, file, new)
         return report
 
     def _write(self, config: ExportConfig, file: Path, say: Callable[[str], None]) -> None:

@@ -18,6 +18,7 @@ from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.interface import describe_tensors, sample_script
 from ibmd_cli.models.model import StudentModel
 from ibmd_cli.models.upload import push, repository
+from ibmd_cli.reporting import counted, rounded
 
 GRID = "grid.png"
 HUB_LICENCES = {
@@ -49,7 +50,7 @@ def student_card(
     licence, note = _licence(config["licence"])
     parts = [
         f"---\n{_front_matter(student, teacher, licence, results)}\n---\n\n# {student.name}",
-        f"{config['task']}, in {_count(student.nfe, 'network evaluation')} per image. A student of {teacher['link']}, "
+        f"{config['task']}, in {counted(student.nfe, 'network evaluation')} per image. A student of {teacher['link']}, "
         "made by Inverse Bridge Matching Distillation ([arXiv:2502.01362](https://arxiv.org/abs/2502.01362)) "
         f"with ibmd {config['ibmd_version']}.",
         "**Nothing was learnt**: every update was skipped, so these are the weights that the training began with."
@@ -247,13 +248,15 @@ def _elsewhere(student: StudentModel, reference: str) -> str:
 def _figures(results: Mapping[str, Any]) -> str:
     names, settings = _scores(results), results["settings"]
     rows = [
-        (row["model"], row["nfe"], *(_interval(row.get(name)) for name in names), f"{row['ms_per_image']:.3g}")
+        (row["model"], row["nfe"], *(_interval(row.get(name)) for name in names), rounded(row["ms_per_image"]))
         for row in results["rows"]
     ]
     protocols = "\n".join(f"- `{name}`: {results['protocol'][name]}" for name in (*names, "ms_per_image"))
+    known = any(row[name].get("low") is not None for row in results["rows"] for name in names if name in row)
+    intervals = ", with 95 % intervals" if known else ", too few for intervals"
     return (
-        f"By `ibmd eval` {results['ibmd_version']} on {settings['images']} pairs of {_data(results)}, with 95 % "
-        f"intervals; times on {settings['device']}, {_count(settings['threads'], 'thread')}.\n\n"
+        f"By `ibmd eval` {results['ibmd_version']} on {counted(settings['images'], 'pair')} of {_data(results)}"
+        f"{intervals}; times on {settings['device']}, {counted(settings['threads'], 'thread')}.\n\n"
         f"{_table(('model', 'evaluations', *names, 'ms/image'), rows)}\n\n{protocols}"
     )
 
@@ -269,8 +272,11 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     return [name for name, score in row.items() if isinstance(score, Mapping) and name in results["protocol"]]
 
 
-def _interval(score: Mapping[str, float] | None) -> str:
-    return "–" if score is None else f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]"
+def _interval(score: Mapping[str, float | None] | None) -> str:
+    if score is None:
+        return "–"
+    low, high = score.get("low"), score.get("high")
+    return f"{score['value']:.4g}" + (f" [{low:.4g}, {high:.4g}]" if None not in (low, high) else "")
 
 
 def _code(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -280,7 +286,3 @@ def _code(settings: Mapping[str, Any]) -> dict[str, str]:
 def _table(head: tuple[str, ...], rows: Any) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
-
-
-def _count(n: int, unit: str) -> str:
-    return f"{'one' if n == 1 else n} {unit}{'' if n == 1 else 's'}"

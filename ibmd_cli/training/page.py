@@ -1,6 +1,5 @@
 """`run.html`: a run on one page, made of what is in its folder. One file, no scripts, nothing loaded from elsewhere."""
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,16 +8,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
-from ibmd_cli.files import atomic_file
-from ibmd_cli.html import Chart, Line, Points, across, data_uri, render, upwards
+from ibmd_cli.html import Chart, Line, Points, across, picture_uri, render, upwards, write_html
 from ibmd_cli.training.log import LAG, WINDOW, read_log
 
 PREVIEWS = 6
 """On the page, evenly spaced over the run."""
 WIDEST = 1024
-"""Pixels; wider previews are scaled down."""
+"""Pixels; larger previews are scaled down."""
 REFRESH = 30
 """Seconds after which a browser loads the page of a running run again."""
 
@@ -53,7 +49,7 @@ def write_page(out: Path, status: str) -> None:
         refresh=REFRESH,
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         warnings=[text for line in lines for text in line.get("warnings", ())],
-        facts=_facts(lines, settings["steps"]),
+        facts=_latest(lines, settings["steps"]),
         curves=[curve for curve in _curves(lines) if curve.chart or status == "running"] if lines else [],
         previews=_previews(out),
         settings=[
@@ -64,28 +60,23 @@ def write_page(out: Path, status: str) -> None:
         inputs=run.get("inputs", {}),
         version=run["ibmd_version"],
     )
-    with atomic_file(out / "run.html") as new:
-        new.write_text(page, encoding="utf-8", errors="surrogateescape")
+    write_html(out / "run.html", page)
 
 
-def _facts(lines: Sequence[Mapping[str, Any]], steps: int) -> dict[str, str]:
+def _latest(lines: Sequence[Mapping[str, Any]], steps: int) -> dict[str, str]:
     """Return the latest figures: what they are → the figures."""
     if not lines:
         return {"student updates": f"0 of {steps}"}
     last, step = lines[-1], lines[-1]["step"]
-    left = {"time left, about": _duration(last["seconds"] / step * (steps - step))} if step < steps else {}
+    spent, left = (timedelta(seconds=round(last["seconds"] * share)) for share in (1, (steps - step) / step))
     return {
         "student updates": f"{step} of {steps}",
-        "time spent": _duration(last["seconds"]),
-        **left,
+        "time spent": str(spent),
+        **({"time left, about": str(left)} if step < steps else {}),
         "images": f"{last['images']:,}",
         "peak memory": f"{last['peak_memory_bytes'] / 2**20:,.0f} MiB",
         "steps skipped": str(last["skipped"]),
     }
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _previews(out: Path) -> dict[int, str]:
@@ -93,23 +84,13 @@ def _previews(out: Path) -> dict[int, str]:
     files = sorted((out / "previews").glob("step-*.png"), reverse=True)
     if len(files) > PREVIEWS:
         files = [files[round(i * (len(files) - 1) / (PREVIEWS - 1))] for i in range(PREVIEWS)]
-    return {int(file.stem.removeprefix("step-")): data_uri(_png(file)) for file in files}
-
-
-def _png(file: Path) -> bytes:
-    with Image.open(file) as image:
-        if image.width <= WIDEST:
-            return file.read_bytes()
-        small = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, format="png")
-    return buffer.getvalue()
+    return {int(file.stem.removeprefix("step-")): picture_uri(file, WIDEST, WIDEST)[1] for file in files}
 
 
 # --------------------------------------------------------------------------------------------------------- curves
 
 
-class Curve(NamedTuple):
+class Figure(NamedTuple):
     """A figure of the page: its chart, or why there is none yet; `other` names the dashed line."""
 
     title: str
@@ -119,15 +100,17 @@ class Curve(NamedTuple):
     missing: str
 
 
-def _curves(lines: Sequence[Mapping[str, Any]]) -> Iterator[Curve]:
-    def curve(title: str, name: str, note: str = "", second: str = "", missing: str = "no values yet") -> Curve:
-        points, dashed = _points(lines, name), _points(lines, second)
+def _curves(lines: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
+    def curve(title: str, name: str, note: str = "", second: str = "", missing: str = "no values yet") -> Figure:
+        points, dashed = (
+            [(line["step"], v) for line in lines if (v := line.get(key)) is not None] for key in (name, second)
+        )
         if not points:
-            return Curve(title, note, None, "", missing)
+            return Figure(title, note, None, "", missing)
         raw, bold = _means(points, 600), _means(points, 40)
         x, y = across(0, points[-1][0]), upwards(value for _, value in (*bold, *dashed))
         drawn = [Line("a raw", raw), Line("a", bold), Line("b dashed", dashed)]
-        return Curve(title, note, Chart(title, x, y, drawn), "teacher" if dashed else "", "")
+        return Figure(title, note, Chart(title, x, y, drawn), "teacher" if dashed else "", "")
 
     yield curve("Loss of the bridge model", "bridge_loss")
     yield curve("Loss of the student", "student_loss", "a difference: negative if the bridge model lags")
@@ -135,10 +118,6 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> Iterator[Curve]:
     yield curve("Diversity over z", "diversity", "mean deviation in [-1, 1]", "teacher_diversity", "with each preview")
     yield curve("Learning rate of the student", "lr")
     yield curve("Images per second", "images_per_second")
-
-
-def _points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
-    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
 def _means(points: Points, most: int) -> Points:

@@ -128,14 +128,6 @@ def test_no_ratio_of_speeds_without_its_spread(results: dict):
     assert "of fewer than three timed calls, no range and no comparison" in text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0123, "0.012"), (0.996, "1.0"), (5, "5.0"), (9.96, "10"), (14.4, "14"), (149, "150"), (123_456, "120,000")],
-)
-def test_two_digits_count(value: float, text: str):
-    assert tables.rounded(value) == text
-
-
 def test_equal_network_calls_are_not_contrasted(results: dict, tmp_path: Path):
     results["rows"][0]["nfe"] = results["rows"][3]["nfe"]
     write_report(tmp_path, results)

@@ -27,7 +27,7 @@ from students import of_teacher
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.export import demo_page
-from ibmd_cli.export.demo_page import runtime, write_page
+from ibmd_cli.export.demo_page import runtime, write_demo_page
 from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.model import StudentModel
@@ -97,7 +97,7 @@ def part(page: str, name: str) -> str:
 def test_a_page_holds_student_and_runtime(student: StudentModel, small_runtime: dict[str, bytes], tmp_path: Path):
     model = network(tmp_path / "student.onnx", {**X_T, **Z})
     named = of_teacher(student, reference=BUILTIN, name="</script><b>", task="a → b & c")
-    write_page(named, model, tmp_path / "page.html")
+    write_demo_page(named, model, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "{{" not in page
     assert "<title>&lt;/script&gt;&lt;b&gt;</title>" in page
@@ -117,7 +117,7 @@ def test_no_text_of_a_student_is_taken_for_html(student: StudentModel, small_run
     """Every string of its configuration that reaches the page holds tags, quotes and entities."""
     model = network(tmp_path / "student.onnx", {**X_T, **Z})
     changes = {"reference": HOSTILE, "name": HOSTILE, "task": HOSTILE, "licence": HOSTILE, "ibmd_version": HOSTILE}
-    write_page(of_teacher(student, **changes), model, tmp_path / "page.html")
+    write_demo_page(of_teacher(student, **changes), model, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     assert page.tags.count("script") == page.source.count("</script") == 5
     assert page.text.count(HOSTILE) >= 4
@@ -128,7 +128,7 @@ def test_no_text_of_a_student_is_taken_for_html(student: StudentModel, small_run
 def test_examples_are_sources_of_the_student(student: StudentModel, small_runtime: dict[str, bytes], tmp_path: Path):
     image = {**student.config["image"], "source_scale": 4}
     enlarging = of_teacher(student, reference="builtin:emoji-sr4x", image=image, degradation="sr4x-pool")
-    write_page(enlarging, network(tmp_path / "student.onnx", X_T), tmp_path / "page.html")
+    write_demo_page(enlarging, network(tmp_path / "student.onnx", X_T), tmp_path / "page.html")
     first, *others = json.loads(part((tmp_path / "page.html").read_text(), "config"))["examples"]
     with Image.open(io.BytesIO(base64.b64decode(first.removeprefix("data:image/png;base64,")))) as picture:
         pixels = np.array(picture)
@@ -137,7 +137,7 @@ def test_examples_are_sources_of_the_student(student: StudentModel, small_runtim
     x_T = embedded_pairs("emoji-sr4x").x_T[0].permute(1, 2, 0).numpy()
     assert (pixels.repeat(4, 0).repeat(4, 1) == x_T).all()
     other = of_teacher(student, reference="/home/me/teacher", degradation="jpeg-10")
-    write_page(other, network(tmp_path / "student.onnx", X_T), tmp_path / "page.html")
+    write_demo_page(other, network(tmp_path / "student.onnx", X_T), tmp_path / "page.html")
     assert json.loads(part((tmp_path / "page.html").read_text(), "config"))["examples"] == []
 
 
@@ -147,13 +147,13 @@ def test_what_a_page_has_no_place_for(
     page, model = tmp_path / "page.html", network(tmp_path / "student.onnx", X_T)
     for change in ({"mask": {"fill": "zero"}}, {"classes": 10}):
         with pytest.raises(UsageError, match="needs a mask or a class"):
-            write_page(of_teacher(student, reference=BUILTIN, **change), model, page)
+            write_demo_page(of_teacher(student, reference=BUILTIN, **change), model, page)
     for inputs in (Z, {**X_T, "label": (TensorProto.INT64, ["batch"])}):
         with pytest.raises(IbmdError, match="a page needs x_T and noise"):
-            write_page(student, network(model, inputs), page)
-    monkeypatch.setattr(demo_page, "MAX_BYTES", 100)
+            write_demo_page(student, network(model, inputs), page)
+    monkeypatch.setattr(demo_page, "LARGEST_MODEL", 100)
     with pytest.raises(UsageError, match="at most"):
-        write_page(student, model, page)
+        write_demo_page(student, model, page)
     assert not page.exists()
 
 

@@ -163,6 +163,32 @@ def test_figures_stand_in_the_card_with_their_protocols(student: StudentModel, r
     assert "grid.png" not in files["README.md"].decode()
 
 
+@pytest.mark.parametrize(
+    ("images", "threads", "ms", "low", "words"),
+    [
+        (1, 1, 1234.5, None, "on 1 pair of pairs, too few for intervals; times on cpu, 1 thread."),
+        (4, 2, 0.0123, None, "on 4 pairs of pairs, too few for intervals; times on cpu, 2 threads."),
+        (1234, 1, 98765.0, 1.25, "on 1,234 pairs of pairs, with 95 % intervals; times on cpu, 1 thread."),
+    ],
+)
+def test_figures_say_what_is_there(
+    student: StudentModel, results: Path, images: int, threads: int, ms: float, low: float | None, words: str
+):
+    """One thing is singular, an interval may be missing, and no time has an exponent."""
+    content = json.loads(results.read_text())
+    content["settings"] |= {"images": images, "threads": threads}
+    for row in content["rows"]:
+        row["ms_per_image"] = ms
+        row["psnr"] |= {"low": low, "high": low}
+        row["energy_score"] |= {"low": None, "high": None}
+    results.write_text(json.dumps(content))
+    card = student_card(student, results=read_results(results, student))
+    assert words in card
+    shown = {1234.5: "1,200", 0.0123: "0.012", 98765.0: "99,000"}[ms]
+    interval = "" if low is None else " [1.25, 1.25]"
+    assert f"| student | 1 | 1.5 | 1.5{interval} | {shown} |" in card
+
+
 def test_figures_of_another_student_are_refused(student: StudentModel, results: Path):
     content = json.loads(results.read_text())
     content["rows"] = content["rows"][1:]
