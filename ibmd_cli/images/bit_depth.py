@@ -55,7 +55,7 @@ def _png(stream: BinaryIO, image: Image.Image) -> Header:
             length = 0
         stream.seek(length + 4, 1)
     if b"CgBI" in chunks:
-        raise NotRead("a PNG image for iPhones (CgBI): pngcrush -revert-iphone-optimizations IN.png OUT.png mends it")
+        raise NotRead("a PNG image for iPhones (CgBI): Xcode's pngcrush -revert-iphone-optimizations mends it")
     depth, key = chunks[b"IHDR"][8], chunks.get(b"tRNS", b"")
     count = 3 if image.mode == "RGB" else 1
     known = image.mode in ("1", "L", "I;16", "RGB") and len(key) >= 2 * count

@@ -51,8 +51,7 @@ class Space(NamedTuple):
 
     def is_srgb(self) -> bool:
         """Tell whether it changes no 8-bit colour by more than one level."""
-        levels = np.arange(0, 256, 51)
-        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
+        colours = np.stack(np.meshgrid(*[np.arange(0, 256, 51)] * 3), -1).reshape(-1, 3)
         greys = np.repeat(np.arange(256)[:, None], 3, 1)
         probe = np.concatenate([colours, greys]).astype(np.uint8)[None]
         return int(np.abs(self.to_srgb(probe).astype(int) - probe).max()) <= 1

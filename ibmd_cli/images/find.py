@@ -121,13 +121,10 @@ def named_data(reference: str) -> str:
 
 
 def find_matches(pattern: str, on_error: Callable[[OSError], None]) -> tuple[Path, list[Path]]:
-    """Find files and folders by a pattern with `*`, `?`, `[…]`, and `**` for any number of folders.
+    """Return the folder that a pattern (`*`, `?`, `[…]`, `**`) begins with, and the files and folders that match.
 
     Hidden ones, unless their part of the pattern begins with a dot, links to folders, and what `ibmd sample` wrote
     beside its inputs are passed over, as in `find_images`; so links that go round in a circle do no harm.
-
-    Returns:
-        The folder that the pattern begins with, and what matches, sorted.
     """
     parts = PurePath(pattern).parts
     wild = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))

@@ -180,7 +180,7 @@ def test_kinds_of_bmp_that_are_not_read_are_not_called_damaged(bits, compression
 
 def test_png_of_iphones_is_named():
     told = refusal(write_png(np.zeros((2, 2, 3), "u1"), 8, 2, (b"CgBI", b"\x50\0\x20\2")))
-    assert "a PNG image for iPhones (CgBI): pngcrush -revert-iphone-optimizations" in told
+    assert "a PNG image for iPhones (CgBI): Xcode's pngcrush -revert-iphone-optimizations" in told
 
 
 def test_names_of_exceptions_are_no_reasons():
