@@ -426,7 +426,7 @@ def test_pixel_limit(sample, drawings):
 )
 def test_a_broken_write_leaves_nothing(sample, drawings, tmp_path, monkeypatch, error, code, message):
     def broken(handle: int) -> None:
-        os.ftruncate(handle, os.fstat(handle).st_size // 2)
+        os.truncate(os.readlink(f"/proc/self/fd/{handle}"), os.fstat(handle).st_size // 2)
         raise error
 
     monkeypatch.setattr(os, "fsync", broken)
@@ -488,7 +488,7 @@ def test_folders_are_tried_before_the_model_is_loaded(sample, drawings):
 @pytest.mark.parametrize("links", [True, False])
 def test_what_appears_meanwhile_stays(sample, drawings, monkeypatch, links):
     """Also on file systems that know no links."""
-    load = pipeline._load
+    load = pipeline._load_model
 
     def slow(*args: object) -> object:
         Path("out").mkdir()
@@ -498,7 +498,7 @@ def test_what_appears_meanwhile_stays(sample, drawings, monkeypatch, links):
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(pipeline, "_load", slow)
+    monkeypatch.setattr(pipeline, "_load_model", slow)
     if not links:
         monkeypatch.setattr(os, "link", refuse)
     result = sample("-i", drawings, "-o", "out/")
