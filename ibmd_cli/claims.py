@@ -76,7 +76,7 @@ class Claims:
             if self.locks:
                 self.warn(
                     f"files cannot be locked in the output's folder ({error.strerror}): "
-                    "another run on the same images may do some of them, too"
+                    "another run on the same images may do some of them, too; run one at a time there"
                 )
             self.locks = False
 

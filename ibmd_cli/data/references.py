@@ -58,7 +58,7 @@ def check_sources(
         raise UsageError(f"--labels {labels}: {name} has no classes: leave it out")
     check_holes(teacher, degradation)
     if degradation and own and degradation != own:
-        reporter.warn(f"--degrade {degradation}: {name} was trained with {own}")
+        reporter.warn(f"--degrade {degradation}: {name} was trained with {own}; leave --degrade out to use that")
 
 
 def _check_reference(reference: str, degradation: str) -> None:

@@ -336,7 +336,7 @@ class SourceImages:
             why = list(batch.broken.values())[-1]
             raise IbmdError(f"--data: {ATTEMPTS} images in a row cannot be read ({why}): is the disk still there?")
         for error in new:  # only now: a run that stops skips nothing
-            self.reporter.warn(f"{error}; skipped, another image is taken for it")
+            self.reporter.warn(f"{error}; another image is taken for it: mend or remove it")
         return batch
 
     def _degrade(self, x: Tensor, rng: Streams) -> Sources:

@@ -117,7 +117,9 @@ def _prepare(config: SampleConfig, reporter: Reporter) -> Inputs:
         )
     own = engine.config.get("degradation")
     if config.degrade and own and config.degrade != own:
-        reporter.warn(f"--degrade {config.degrade}: {engine.name} was trained with {own}")
+        reporter.warn(
+            f"--degrade {config.degrade}: {engine.name} was trained with {own}; --degrade {own} is what it can mend"
+        )
     translator = Translator(
         engine,
         seed=config.seed,

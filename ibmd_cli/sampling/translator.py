@@ -260,7 +260,9 @@ class Translator:
                     raise
             self.size = min(self.size, size // 2)
             images = f"image{'s' * (self.size > 1)}"
-            self.warn(f"out of memory: from here on {self.size} {images} at a time (last bits may differ)")
+            self.warn(
+                f"out of memory: from here on {self.size} {images} at a time (last bits may differ); --batch-size {self.size} avoids it"
+            )
 
     def _batch(self, group: TileBatch, size: int) -> np.ndarray:
         """Run the network on tiles. On a CPU always on `size` of them, the last one repeated if there are fewer.

@@ -23,6 +23,7 @@ from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import AUTO, DistillConfig
 from ibmd_cli.training.memory import estimate_memory
+from ibmd_cli.training.preview import preview_calls
 
 PROBE = 4
 """Images of the updates that are timed, at most."""
@@ -122,7 +123,7 @@ def _seconds(
     micro_batch: int,
     device: torch.device,
 ) -> float:
-    """Time an update of each kind, and return the seconds of all updates."""
+    """Time an update of each kind, and return the seconds of all updates and previews."""
     frozen = make_predictor(dict(teacher)).to(device).requires_grad_(False)
     bridge_model, generator = copy.deepcopy(frozen).requires_grad_(True), make_predictor(dict(student)).to(device)
     chained = frozen.bridge.kind == "i2sb"
@@ -157,4 +158,6 @@ def _seconds(
     warmup, each, reuse = config.bridge_warmup, config.bridge_steps, config.reuse
     made = math.ceil((warmup + each) / reuse) + (config.steps - 1) * math.ceil(each / reuse)
     updates = warmup + config.steps * each
-    return share * (made * spent["sample"] + updates * spent["bridge"] + config.steps * spent["student"])
+    trained = share * (made * spent["sample"] + updates * spent["bridge"] + config.steps * spent["student"])
+    shown = preview_calls(teacher["sampling"]["nfe"], len(times), 1 + math.ceil(config.steps / config.preview_every))
+    return trained + shown * spent["sample"] / len(times)

@@ -22,6 +22,12 @@ MOST_CALLS = 100
 """Of the teacher: the published ones are sampled in up to 999."""
 
 
+def preview_calls(teacher_nfe: int, nfe: int, previews: int) -> int:
+    """Return how many images networks are called on for the previews of a run, those of the teacher included."""
+    of_teacher = min(teacher_nfe, MOST_CALLS) + VARIANTS * min(teacher_nfe, TEACHER_CALLS)
+    return SOURCES * (of_teacher + previews * VARIANTS * nfe)
+
+
 class Preview:
     """The student on the same sources with the same noise each time: a picture, and how much the noise changes.
 

@@ -244,8 +244,8 @@ def test_scarce_memory_halves_the_batch(make, monkeypatch):
     pieces = [translator.prepare(Picture(noisy(16, 16)), Job(f"{i}.png")) for i in range(11)]
     assert len(list(translator.run(pieces))) == 11
     assert [w.split(": ")[1] for w in warnings] == [
-        "from here on 4 images at a time (last bits may differ)",
-        "from here on 2 images at a time (last bits may differ)",
+        "from here on 4 images at a time (last bits may differ); --batch-size 4 avoids it",
+        "from here on 2 images at a time (last bits may differ); --batch-size 2 avoids it",
     ]
     translator.size, batch = 8, translator._batch
 
