@@ -203,7 +203,8 @@ def load_entries(config: EvalConfig, device: torch.device, reporter: Reporter) -
         for entry in entries:
             if entry.model.config["teacher"]["sha256"] not in (None, digest):
                 reporter.warn(
-                    f"{entry.reference} was distilled from another teacher, or other weights, than {reference}; --teacher names one"
+                    f"{entry.reference} was distilled from another teacher, or other weights, than {reference}; "
+                    "--teacher names one"
                 )
         for nfe in sorted({teacher.network_calls(nfe) for nfe in config.teacher_nfe}):
             entries.append(Entry(teacher, "teacher", reference, digest, nfe, samples if nfe > 1 else 1))
