@@ -261,10 +261,8 @@ class Translator:
             self.size = min(self.size, size // 2)
             images = f"image{'s' * (self.size > 1)}"
             self.warn(
-                self.warn(
-                    f"out of memory: from here on {self.size} {images} at a time (last bits may differ); "
-                    f"--batch-size {self.size} avoids it"
-                )
+                f"out of memory: from here on {self.size} {images} at a time (last bits may differ); "
+                f"--batch-size {self.size} avoids it"
             )
 
     def _batch(self, group: TileBatch, size: int) -> np.ndarray:
