@@ -11,7 +11,7 @@ import difflib
 import json
 import tomllib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from operator import ge, gt, le, lt
@@ -58,7 +58,7 @@ class Setting:
     panel: str
     metavar: str = ""
     flags: tuple[str, ...] | None = None
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     at_least: float | None = None
     above: float | None = None
     below: float | None = None

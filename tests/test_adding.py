@@ -1,6 +1,7 @@
-"""What a metric, a degradation or a bridge needs to be added: one row or class, and every command knows it."""
+"""Adding a metric, a degradation, a bridge or an export format: one row or class, and every command knows it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +17,9 @@ from typer.testing import CliRunner
 from ibmd_cli.cli import app
 from ibmd_cli.data.degradations import DEGRADATIONS, Degradation
 from ibmd_cli.data.embedded import embedded_pairs
+from ibmd_cli.export.config import FORMATS, ExportConfig, Format
+from ibmd_cli.export.exporter import Exporter
+from ibmd_cli.export.program import Unrolled
 from ibmd_cli.method.bridges import BRIDGES, VEBridge, make_bridge
 from ibmd_cli.metrics.scores import METRICS, Metric
 from ibmd_cli.models.folder import load_student, save_model
@@ -124,3 +128,26 @@ def test_bridge_is_one_class(tiny_config: dict, drawings: Path, tmp_path: Path, 
     assert isinstance(load_student(str(run)).predictor.bridge, SlowEnd)
     ibmd("sample", "--student", run, "--input", drawings, "--output", tmp_path / "out", "--quiet")
     assert len(list((tmp_path / "out").iterdir())) == 8
+
+
+def write_npz(exporter: Exporter, config: ExportConfig, file: Path, say: Callable[[str], None]) -> None:
+    say("writing")
+    with file.open("wb") as stream:
+        np.savez(stream, **{name: v.numpy() for name, v in exporter.student.predictor.state_dict().items()})
+
+
+def run_npz(file: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
+    student = load_student("builtin:outline2emoji")
+    with np.load(file) as arrays:
+        student.predictor.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays})
+    module = Unrolled(student)
+    return lambda inputs: [module(**{name: torch.from_numpy(v) for name, v in inputs.items()}).detach().numpy()]
+
+
+def test_export_format_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(FORMATS, "npz", Format(".npz", ("fp32",), 2, write_npz, run_npz, use="np.load({output})"))
+    told = json.loads(ibmd("export", "--output", tmp_path / "student.npz", "--json"))
+    (told,) = told if isinstance(told, list) else [told]
+    assert (told["format"], told["psnr"], told["max_difference"]) == ("npz", None, 0)
+    assert told["next"] == f"np.load({tmp_path / 'student.npz'})"
+    assert (tmp_path / "student.npz").stat().st_size == told["bytes"]

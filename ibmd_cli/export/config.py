@@ -1,9 +1,10 @@
 """Settings of `ibmd export`, and the formats that there are. Nothing heavy is imported here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import unwritable
@@ -12,20 +13,77 @@ from ibmd_cli.settings import Record, setting
 STUDENT = "builtin:outline2emoji"
 
 
+Say = Callable[[str], None]
+
+
 class Format(NamedTuple):
-    """A file format: the ending of its names, the dtypes that its weights may have, and the steps until it is there."""
+    """A row of `FORMATS`, which is all that a file format needs.
+
+    Attributes:
+        suffix: ending of its names.
+        dtypes: that its weights may have.
+        steps: until it is there.
+        write: write(exporter, config, file, say); the file is run back and compared (`exporter.compare`).
+        run: run(file) → a function of inputs by name that returns the outputs; None: by the file's ending.
+        options: of "opset" and "noise_inside", those that it has.
+        pack: pack(student, file, page): what the file that was compared is made into, an ONNX file; None: nothing.
+        use: how the output is used.
+    """
 
     suffix: str
     dtypes: tuple[str, ...]
     steps: int
+    write: Callable[[Any, "ExportConfig", Path, Say], None]
+    run: Callable[[Path], Callable[[dict[str, Any]], list[Any]]] | None = None
+    options: tuple[str, ...] = ()
+    pack: Callable[[Any, Path, Path], None] | None = None
+    use: str = "ibmd sample --student {output} --input IMAGE"
+
+
+def _write_safetensors(exporter: Any, config: "ExportConfig", file: Path, say: Say) -> None:
+    from ibmd_cli.models.folder import save_weights
+    from ibmd_cli.models.interface import describe_student
+
+    say("writing")
+    save_weights(exporter.student, file, config.dtype, describe_student(exporter.student))
+
+
+def _write_program(exporter: Any, config: "ExportConfig", file: Path, say: Say) -> None:
+    from ibmd_cli.export.program import export_program
+
+    export_program(exporter.student, file, config.dtype, config.noise_inside, say)
+
+
+def _write_onnx(exporter: Any, config: "ExportConfig", file: Path, say: Say) -> None:
+    from ibmd_cli.export import onnx
+
+    opset = onnx.OPSET if config.opset is None else config.opset
+    if opset not in onnx.OPSETS:
+        raise UsageError(f"--opset {opset}: expected {onnx.OPSETS[0]} to {onnx.OPSETS[-1]}")
+    key = opset, config.noise_inside
+    if key not in exporter.graphs:
+        exporter.graphs[key] = onnx.make_graph(exporter.student, *key, say)
+    say("writing")
+    onnx.save_graph(exporter.graphs[key], file, config.dtype)
+
+
+def _pack_page(student: Any, file: Path, page: Path) -> None:
+    from ibmd_cli.export.demo_page import write_demo_page
+
+    write_demo_page(student, file, page)
 
 
 FORMATS = {
-    "safetensors": Format(".safetensors", ("fp32", "fp16", "bf16"), 2),
-    "onnx": Format(".onnx", ("fp32", "fp16", "bf16", "int8"), 5),
-    "torch-export": Format(".pt2", ("fp32", "fp16", "bf16"), 3),
-    "web": Format(".html", ("fp32", "fp16", "int8"), 6),
-}
+    "safetensors": Format(".safetensors", ("fp32", "fp16", "bf16"), 2, _write_safetensors),
+    "onnx": Format(
+        ".onnx", ("fp32", "fp16", "bf16", "int8"), 5, _write_onnx, options=("opset", "noise_inside")
+    ),
+    "torch-export": Format(".pt2", ("fp32", "fp16", "bf16"), 3, _write_program, options=("noise_inside",)),
+    "web": Format(
+        ".html", ("fp32", "fp16", "int8"), 6, _write_onnx,
+        options=("opset",), pack=_pack_page, use="open {output} in a browser",
+    ),
+}  # fmt: skip
 """`web` is a page that holds the student as ONNX."""
 
 
@@ -40,7 +98,7 @@ class ExportConfig(Record):
     student: str = _file(STUDENT, "builtin:NAME, a model folder or a run folder", metavar="REF",
         also=("model", "checkpoint", "run"))
     format: str | None = _file(None, "safetensors, onnx, torch-export (.pt2) or web (.html: a page to draw on)",
-        shown="by the output's name, or safetensors", choices=tuple(FORMATS), also=("to", "type"))
+        shown="by the output's name, or safetensors", choices=FORMATS, also=("to", "type"))
     dtype: str = _file("fp32",
         "Numbers of the weights: fp32, fp16, bf16, or int8 for onnx and web; the file computes in float32",
         choices=("fp32", "fp16", "bf16", "int8"), also=("precision", "quantize", "half"))
@@ -83,7 +141,7 @@ class ExportConfig(Record):
             return [
                 replace(one, output=folder / f"{name}-{dtype}{row.suffix}", format=format, dtype=dtype)._checked()
                 for format, row in FORMATS.items()
-                if format != "web"
+                if row.pack is None
                 for dtype in row.dtypes
             ]
         by_name = [
@@ -99,15 +157,16 @@ class ExportConfig(Record):
         return self.output or Path()
 
     def _checked(self) -> "ExportConfig":
-        suffix, dtypes, _ = FORMATS[str(self.format)]
+        row = FORMATS[str(self.format)]
+        suffix, dtypes = row.suffix, row.dtypes
         output = self.path
         if self.dtype not in dtypes:
             raise UsageError(f"--dtype {self.dtype}: is not one of {', '.join(dtypes)}, which {self.format} has")
         if output.suffix != suffix:
             raise UsageError(f"--output {output}: expected a name that ends in {suffix} for {self.format}")
-        if self.opset is not None and self.format not in ("onnx", "web"):
+        if self.opset is not None and "opset" not in row.options:
             raise UsageError(f"--opset {self.opset}: {self.format} has none; add --format onnx")
-        if self.noise_inside and self.format not in ("onnx", "torch-export"):
+        if self.noise_inside and "noise_inside" not in row.options:
             raise UsageError(f"--noise-inside: {self.format} has no noise inside; add --format onnx or torch-export")
         if reason := unwritable(output):
             raise IbmdError(f"--output {output}: {reason}")

@@ -17,15 +17,14 @@ from torch import Tensor
 from ibmd_cli.claims import Claims
 from ibmd_cli.data.degradations import fill_hole
 from ibmd_cli.data.embedded import embedded_pairs
-from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.errors import IbmdError
 from ibmd_cli.export.config import FORMATS, ExportConfig
-from ibmd_cli.export.demo_page import write_demo_page
 from ibmd_cli.export.load import open_exported
-from ibmd_cli.export.program import Unrolled, export_program
+from ibmd_cli.export.program import Unrolled
 from ibmd_cli.files import atomic_file
 from ibmd_cli.method.noise import randn, stream
-from ibmd_cli.models.folder import load_student, save_weights
-from ibmd_cli.models.interface import describe_student, noise_shapes
+from ibmd_cli.models.folder import load_student
+from ibmd_cli.models.interface import noise_shapes
 from ibmd_cli.models.model import StudentModel
 
 
@@ -90,9 +89,7 @@ class Exporter:
                     report["bytes"] = new.stat().st_size
             except FileExistsError as error:
                 raise IbmdError(f"{output}: appeared meanwhile, and is left as it is; {mend}") from error
-        use = (
-            f"open {output} in a browser" if config.format == "web" else f"ibmd sample --student {output} --input IMAGE"
-        )
+        use = FORMATS[str(config.format)].use.format(output=output)
         if config.noise_inside:
             use = "its description says how it is called: ibmd sample cannot give it noise"
         return {
@@ -106,11 +103,12 @@ class Exporter:
 
     def _write_checked(self, config: ExportConfig, new: Path, say: Callable[[str], None]) -> dict[str, Any]:
         """Write a file and run it back; returns what `compare` finds."""
+        row = FORMATS[str(config.format)]
         with TemporaryDirectory() as folder:
-            file = Path(folder) / "student.onnx" if config.format == "web" else new
-            self._write(config, file, say)
+            file = Path(folder) / "student.onnx" if row.pack else new
+            row.write(self, config, file, say)
             say("running it back, and comparing it with the student")
-            report = compare(self.student, file, config.noise_inside, config.seed)
+            report = compare(self.student, file, config.noise_inside, config.seed, row.run)
             exact = config.format == "safetensors" and config.dtype == "fp32"  # a copy
             allowed = Tolerance(0.0, math.inf) if exact else TOLERANCE[config.dtype]
             psnr = math.inf if report["psnr"] is None else report["psnr"]
@@ -120,32 +118,15 @@ class Exporter:
                     f"{psnr:.1f} dB; {config.dtype} may by {allowed.max_difference:g}, {allowed.psnr:g} dB; "
                     f"nothing was written. Try --dtype fp32"
                 )
-            if config.format == "web":
+            if row.pack:
                 say("packing it with its runtime into a page")
-                write_demo_page(self.student, file, new)
+                row.pack(self.student, file, new)
         return report
 
-    def _write(self, config: ExportConfig, file: Path, say: Callable[[str], None]) -> None:
-        if config.format == "safetensors":
-            say("writing")
-            save_weights(self.student, file, config.dtype, describe_student(self.student))
-        elif config.format == "torch-export":
-            export_program(self.student, file, config.dtype, config.noise_inside, say)
-        else:
-            from ibmd_cli.export import onnx
 
-            opset = onnx.OPSET if config.opset is None else config.opset
-            if opset not in onnx.OPSETS:
-                first, last = onnx.OPSETS[0], onnx.OPSETS[-1]
-                raise UsageError(f"--opset {opset}: expected {first} to {last}")
-            key = opset, config.noise_inside
-            if key not in self.graphs:
-                self.graphs[key] = onnx.make_graph(self.student, *key, say)
-            say("writing")
-            onnx.save_graph(self.graphs[key], file, config.dtype)
-
-
-def compare(student: StudentModel, file: Path, noise_inside: bool = False, seed: int = 0) -> dict[str, Any]:
+def compare(
+    student: StudentModel, file: Path, noise_inside: bool = False, seed: int = 0, run_file: Any = None
+) -> dict[str, Any]:
     """Run a student and an exported file on the same real sources and the same noise, on the CPU.
 
     One image comes alone, then the others together; and, for a file that holds a graph, one of another size.
@@ -155,13 +136,16 @@ def compare(student: StudentModel, file: Path, noise_inside: bool = False, seed:
         file: that was exported.
         noise_inside: whether it draws its noise itself; the student then gets what it drew.
         seed: of the noise.
+        run_file: `Format.run`; None: by the file's ending.
 
     Returns:
         `images`; `max_difference` and `mean_difference` over pixels on the scale [-1, 1], and `psnr` of the file
         against the student in dB (None if they are equal); `ms_per_image` of each, in batches of `batch` images.
     """
     own = _runner(student)
-    if file.suffix == ".safetensors":
+    if run_file is not None:
+        other = run_file(file)
+    elif file.suffix == ".safetensors":
         other = _runner(load_student(str(file)))
     else:
         other = open_exported(file, torch.get_num_threads()).run
