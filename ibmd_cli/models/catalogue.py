@@ -7,8 +7,6 @@ from typing import Any
 from ibmd_cli.errors import NotAvailable, nearest
 from ibmd_cli.hub import download
 
-# ----------------------------------------------------------------------------------------------- published teachers
-
 
 def published() -> dict[str, dict[str, Any]]:
     """Return the row of each published teacher by its alias (`teachers.toml`, which says what the keys mean)."""

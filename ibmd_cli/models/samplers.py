@@ -149,18 +149,14 @@ def _ddbm_times(bridge: Bridge, n: int, rho: float) -> list[float]:
     return [*(torch.linspace(first, last, n, dtype=torch.float64) ** rho).tolist(), 0.0]
 
 
-def _ddbm_group(churn: float) -> int:
-    """Calls per interval; the last one, which ends at 0, has one less."""
-    return 3 if churn else 2
-
-
 def _ddbm_intervals(nfe: int, churn: float) -> int:
-    return max(1, round((nfe + 1) / _ddbm_group(churn)))
+    return max(1, round((nfe + 1) / (3 if churn else 2)))
 
 
 def _ddbm_calls(nfe: int, settings: Mapping[str, Any]) -> int:
+    """Return the calls: 3 an interval with churn, 2 without; the last one, which ends at 0, has one less."""
     churn = settings["churn"]
-    return _ddbm_group(churn) * _ddbm_intervals(nfe, churn) - 1
+    return (3 if churn else 2) * _ddbm_intervals(nfe, churn) - 1
 
 
 # ------------------------------------------------------------------------------------------------------- DBIM

@@ -551,6 +551,7 @@ def test_process_that_is_killed_is_named(arguments: list[object], tmp_path: Path
     assert run.returncode == 1
     lines = [line for line in message.splitlines() if line.startswith("error: ")]
     assert lines[-1] == f"error: process {rank + 1} of 2 was killed (signal 9); the same command continues", message
+    assert "gloo" not in message
 
 
 @pytest.mark.slow
