@@ -54,7 +54,8 @@ def measure(model: StudentModel | TeacherModel, nfe: int, x_T: Tensor, x_0: Tens
     samples = (torch.stack(draws) * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1  # as saved images
     score = estimate(energy_score(samples, x_0, pool))
     spread = float(diversity(samples).mean())
-    return f"{score.value:6.2f} [{score.low:.2f},{score.high:.2f}]  {spread:9.3f}  {1000 * seconds:8.2f}"
+    interval = "" if score.low is None else f"[{score.low:.2f},{score.high:.2f}]"  # none of a few images
+    return f"{score.value:6.2f} {interval:13}  {spread:9.3f}  {1000 * seconds:8.2f}"
 
 
 def main() -> None:

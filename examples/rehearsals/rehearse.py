@@ -382,7 +382,8 @@ def report(out: Path) -> str:
             cells.append(" / ".join(f"{scores[m]['value']:.{digits}f}" for m in ("teacher1", "student", "teacher10")))
             if measure != "psnr":
                 d = scores["student − teacher1"]
-                cells.append(f"{d['value']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]")
+                ends = "" if d["low"] is None else f" [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
+                cells.append(f"{d['value']:+.{digits}f}{ends}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     table = "\n".join(lines) + "\n"
     (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ evaluation continues and several processes share the work; `summary` makes the r
 import csv
 import errno
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -335,6 +336,16 @@ def _check_metric(name: str, pairs: Pairs, size: int, samples: int) -> None:
 
 def _check_out(out: Path, images: Sequence[Path]) -> None:
     """Refuse a folder with something else than a part of an evaluation, one of `images`, or that cannot be written."""
+    folders = (out, *out.absolute().parents)
+    if broken := [folder for folder in folders if os.path.islink(folder) and not os.path.exists(folder)]:
+        raise IbmdError(f"--out {out}: {broken[0]} is a link to nothing; give another --out")
+    there = next(folder for folder in folders if os.path.exists(folder))  # unlike Path.exists, for any name
+    try:
+        with tempfile.TemporaryDirectory(dir=there) as trial:
+            (Path(trial) / out.absolute().relative_to(there.absolute())).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "" if error.errno == errno.ENOENT else f" ({error.strerror})"  # what a virtual file system says
+        raise IbmdError(f"--out {out}: nothing can be written in {there}{reason}; give another --out") from error
     if (out / "results.json").is_file() and not (out / "parts").is_dir():
         raise IbmdError(f"--out {out}: holds a finished evaluation (results.json); give another --out, or remove it")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "parts").is_dir())):
@@ -342,12 +353,6 @@ def _check_out(out: Path, images: Sequence[Path]) -> None:
     for folder in images:
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise IbmdError(f"--out {out}: lies in {folder}, whose images are read; give another --out")
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=there).cleanup()
-    except OSError as error:
-        reason = "" if error.errno == errno.ENOENT else f" ({error.strerror})"  # what a virtual file system says
-        raise IbmdError(f"--out {out}: nothing can be written in {there}{reason}; give another --out") from error
 
 
 @contextmanager

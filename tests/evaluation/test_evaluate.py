@@ -376,6 +376,25 @@ def test_a_folder_that_cannot_be_made_is_named_before_any_work(pairs: Path, tmp_
     assert "give another --out" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("LINK", "LINK is a link to nothing"),
+        ("LINK/x", "LINK is a link to nothing"),
+        ("x" * 300, "nothing can be written in TMP .*too long"),
+        ("a/" + "x" * 300, "nothing can be written in TMP .*too long"),
+        ("FILE", "nothing can be written in FILE"),
+    ],
+)
+def test_a_name_that_no_folder_can_have_is_refused_before_any_work(pairs: Path, tmp_path: Path, out: str, words: str):
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
+    words = words.replace("TMP", str(tmp_path)).replace("LINK", f"{tmp_path}/LINK").replace("FILE", f"{tmp_path}/FILE")
+    with pytest.raises(IbmdError, match=rf"^--out .*: {words}.*; give another --out$"):
+        run("--data", pairs, "--student", tmp_path / "gone", "--out", tmp_path / out)
+    assert {path.name for path in tmp_path.iterdir()} == {"FILE", "LINK", "pairs"}
+
+
 @pytest.mark.parametrize("out", ["source/report", "target/a/b", "link/report", "source/../target"])
 def test_a_report_among_the_images_that_are_read_is_refused(pairs: Path, out: str):
     """They would be taken for pairs the next time."""
