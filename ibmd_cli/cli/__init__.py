@@ -29,13 +29,13 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv or os.environ.get("IBMD_DEBUG", "") not in ("", "0"):
             raise
-        message, code = _told(error)
+        message, code = _explain(error)
         if message:
             Reporter().error(message)
         sys.exit(code)
 
 
-def _told(error: Exception) -> tuple[str, int]:
+def _explain(error: Exception) -> tuple[str, int]:
     """Return what is said of an error, and the exit code."""
     if isinstance(error, IbmdError):
         process = Process()

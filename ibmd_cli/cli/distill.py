@@ -53,7 +53,7 @@ def distill(config: DistillConfig, run: DistillRun, common: Common, origins: dic
         reporter.note(f"{config.teacher} is {config.preset}: its preset is used (--preset ALIAS names another)")
     out = run.out or Path("runs") / Path(config.teacher.rpartition(":")[2]).name.removesuffix(".pt")
     if run.dry_run:
-        return _plan(config, origins, out, run, common)
+        return _print_plan(config, origins, out, run, common)
     if any(reference.startswith("dataset:") for reference in config.data):
         from ibmd_cli.data.download import fetch
 
@@ -64,15 +64,12 @@ def distill(config: DistillConfig, run: DistillRun, common: Common, origins: dic
     student = distill(config, origins, out, device, run.resume, reporter)
     if this_process().rank > 0:
         return
-    if common.as_json:
-        print_json({"schema": 1, "student": str(student)})
-    else:
-        typer.echo(str(student))
+    print_json({"schema": 1, "student": str(student)}) if common.as_json else typer.echo(str(student))
     reporter.note(f"made {student}; {out / 'run.html'} shows how it went")
     reporter.note(f"next: ibmd sample drawing.png --student {quote(str(out))}")
 
 
-def _plan(config: DistillConfig, origins: dict[str, str], out: Path, run: DistillRun, common: Common) -> None:
+def _print_plan(config: DistillConfig, origins: dict[str, str], out: Path, run: DistillRun, common: Common) -> None:
     from ibmd_cli.devices import resolve_device
     from ibmd_cli.processes import count_processes
     from ibmd_cli.training.plan import plan
