@@ -157,7 +157,9 @@ class Files(DataSet):
         self.paths = {side: np.array([os.fsencode(file) for file in files[side]]) for side in preprocess}
         self.root, self.unused, self.passed = roots[self.base], unused, passed
         sides = [side for side in preprocess if side == self.base or roots[side] != self.root]
-        self.digest = _digest(f"{within(file, roots[side])} {_size(file)}" for side in sides for file in files[side])
+        self.digest = _digest(
+            f"{within(file, roots[side])} {_bytes_of(file)}" for side in sides for file in files[side]
+        )
 
     def __len__(self) -> int:
         return len(self.paths[self.base])
@@ -241,7 +243,7 @@ def within(file: Path, root: Path) -> str:
     return str(file).removeprefix(str(root)).lstrip(os.sep).replace(os.sep, "/")
 
 
-def _size(file: Path) -> int:
+def _bytes_of(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError as error:

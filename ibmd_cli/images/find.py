@@ -21,11 +21,11 @@ SUFFIXES = frozenset(table("endings")["images"])
 WRITTEN = re.compile(r"\.ibmd(\.\d+)?\.(png|jpe?g|webp|tiff?|bmp|avif)$")
 NO_ENDING, FOLDER, LINK = "without an ending", "folder", "linked folder"
 _FETCH = {"http": "curl -LO", "https": "curl -LO", "s3": "aws s3 cp", "gs": "gcloud storage cp"}
-TARGET = "target"
+PAIRED = "target"
 MENDS = {
     FOLDER: ": --recursive searches them",
     LINK: ": give them by themselves",
-    TARGET: " of pairs: sources are what is translated",
+    PAIRED: " of pairs: sources are what is translated",
 }
 
 

@@ -22,7 +22,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import NAME_MAX, folds_case, is_stream, unwritable, why
 from ibmd_cli.images.decode import shown
 from ibmd_cli.images.encode import WRITABLE
-from ibmd_cli.images.find import TARGET, find_images, find_matches, named_path, passed_over
+from ibmd_cli.images.find import PAIRED, find_images, find_matches, named_path, passed_over
 from ibmd_cli.images.fit import Geometry
 from ibmd_cli.images.metadata import Metadata
 from ibmd_cli.images.tiles import Tiles
@@ -232,7 +232,7 @@ def _images_of(path: Path, root: Path, config: SampleConfig, plan: Plan) -> Iter
     passed = Counter[str]()
     found = find_images(path, config.recursive, output, _unlisted(plan), passed)
     if targets := {file for file in found if _is_target(file, path)}:
-        found, passed[TARGET] = [file for file in found if file not in targets], len(targets)
+        found, passed[PAIRED] = [file for file in found if file not in targets], len(targets)
     if found:
         plan.passed += passed
     elif len(plan.failed) == before:

