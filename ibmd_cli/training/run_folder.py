@@ -24,7 +24,7 @@ from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import atomic_file, atomic_folder, read_json, sha256
 from ibmd_cli.models.card import student_card
-from ibmd_cli.models.folder import load_student, save_model
+from ibmd_cli.models.folder import load_student, misfits, save_model
 from ibmd_cli.models.model import Model, StudentModel
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import DistillConfig, changed_settings, to_json
@@ -60,7 +60,7 @@ def check_run(out: Path, config: DistillConfig, resume: str) -> None:
         raise UsageError(f"--resume {resume}: no checkpoint: expected a folder RUN/checkpoints/step-… with state.pt")
     if (out / "config.json").exists():
         saved = read_json(out / "config.json").get("settings")
-        if not isinstance(saved, dict):
+        if not isinstance(saved, dict) or not isinstance(read_json(out / "config.json").get("inputs", {}), dict):
             raise UsageError(f"--out {out}: its config.json is not that of a run; give another --out")
         if resume == "never":
             raise UsageError(f"{out}: holds a run already; give another --out, or --resume auto to continue it")
@@ -269,7 +269,7 @@ class Run:
         whole = finished and self._is_whole(steps)
         for folder in folders:
             try:
-                state = _read(folder)
+                state = self._read(folder)
             except (IbmdError, OSError) as error:
                 if folder == named:
                     raise IbmdError(f"--resume {resume}: not a sound checkpoint ({error})") from error
@@ -296,6 +296,24 @@ class Run:
         if folders:
             reporter.warn(f"{self.out}: no sound checkpoint; starting from step 0")
         return Position()
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        """Return the content of a checkpoint, if its checksum is right and it is one of these networks."""
+        file = folder / "state.pt"
+        sums = (folder / "state.pt.sha256").read_text(encoding="utf-8", errors="replace").split()
+        if sums != [sha256(file), "state.pt"]:
+            raise IbmdError(f"{file}: its checksum is wrong")
+        try:
+            state = dict(torch.load(file, map_location="cpu", weights_only=True))
+            have, want = (
+                {f"{name} {key}": tuple(v.shape) for name in self.players for key, v in weights(name).items()}
+                for weights in (lambda name: state[name]["model"], lambda name: self.players[name].network.state_dict())
+            )
+        except Exception as error:  # whatever another file makes torch raise
+            raise IbmdError(f"{file}: not a checkpoint of such a run ({type(error).__name__})") from error
+        if wrong := misfits(have, want):
+            raise IbmdError(f"{file}: of other networks: {wrong}")
+        return state
 
     def _is_whole(self, step: int | None) -> bool:
         """Tell whether `student/` is a student of student update `step`."""
@@ -347,14 +365,6 @@ class Run:
             training["untrained"] = True  # all updates were skipped
         predictor = self.players["student"].averaged()
         return StudentModel(predictor, {**self.student.config, "training": training})  # type: ignore[arg-type]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint, if its checksum is right."""
-    file = folder / "state.pt"
-    if (folder / "state.pt.sha256").read_text(encoding="utf-8", errors="replace").split() != [sha256(file), "state.pt"]:
-        raise IbmdError(f"{file}: its checksum is wrong")
-    return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def _order(checkpoint: Path) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from distilling import distill, interrupt, log, poison, same, weights
 
 from ibmd_cli.errors import IbmdError, UsageError
+from ibmd_cli.files import sha256
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.model import StudentModel
 from ibmd_cli.reporting import Reporter
@@ -454,6 +455,35 @@ def test_named_checkpoint_must_be_sound(arguments: list[object], whole: Path, tm
     flip(whole / "checkpoints" / "step-000004" / "state.pt")
     with pytest.raises(IbmdError, match="--resume .*step-000004: not a sound checkpoint"):
         distill(*arguments, "--resume", whole / "checkpoints" / "step-000004", "--out", whole)
+
+
+FOREIGN = {  # what a checkpoint with the right checksum may hold
+    "no torch file": lambda file, state: file.write_bytes(b"garbage" * 100),
+    "other tensors": lambda file, state: torch.save({"a": torch.zeros(1)}, file),
+    "a list": lambda file, state: torch.save([1], file),
+    "no bridge model": lambda file, state: torch.save({**state, "bridge_model": None}, file),
+    "another network": lambda file, state: torch.save(
+        {**state, "student": {**state["student"], "model": dict.fromkeys(state["student"]["model"], torch.zeros(3))}},
+        file,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_checkpoint_of_something_else_is_refused_or_passed_over(
+    arguments: list[object], whole: Path, tmp_path: Path, kind: str
+):
+    newest = whole / "checkpoints" / "step-000004"
+    file = newest / "state.pt"
+    FOREIGN[kind](file, torch.load(file, weights_only=True))
+    (newest / "state.pt.sha256").write_text(f"{sha256(file)}  state.pt\n")
+    with pytest.raises(IbmdError, match="--resume .*step-000004: not a sound checkpoint"):
+        distill(*arguments, "--resume", newest, "--out", tmp_path / "new")
+    log_of = whole / "metrics.jsonl"
+    log_of.write_text("".join(log_of.read_text().splitlines(keepends=True)[:3]))
+    result = distill(*arguments, "--out", whole)
+    assert "step-000004: damaged" in result.stderr
+    assert "not of step 2; written again from the checkpoint" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------ real signals and processes
