@@ -91,6 +91,7 @@ def _planned(plan: dict[str, Any], config: Any) -> list[tuple[str, str]]:
     memory += " for one image at a time" * ("auto" in str(plan["micro-batch"])) + " in each process" * several
     return [
         ("teacher", f"{config.teacher}, {f'{number / 1e6:.3g} million' if number >= 1e6 else number} parameters"),
+        *(("", line) for line in _first_half(plan, config)),
         *(("data", line) for line in plan["data"] or [", ".join(config.data) or "none: give --data FOLDER"]),
         *(("sizes", line) for line in plan["sizes"]),
         (
@@ -104,9 +105,24 @@ def _planned(plan: dict[str, Any], config: Any) -> list[tuple[str, str]]:
             ("download", f"{' and '.join(f['files'])} of {f['url']}, about {_size(f['bytes'])}, {f['how']}")
             for f in plan["files to download"]
         ),
-        ("time", f"about {_time(plan['seconds'])} on this machine" if plan["seconds"] else "not tried on this machine"),
+        ("time", _times(plan)),
         ("run folder", plan["run folder"]),
     ]
+
+
+def _first_half(plan: dict[str, Any], config: Any) -> list[str]:
+    """Say how a new teacher is trained, if one is."""
+    if "updates of the teacher" not in plan:
+        return []
+    return [f"{plan['updates of the teacher']:,} updates; pairs held out: {config.validation or '5%'}"]
+
+
+def _times(plan: dict[str, Any]) -> str:
+    if not plan["seconds"]:
+        return "not tried on this machine"
+    first = plan.get("seconds of the teacher")
+    halves = f"about {_time(first)} for the teacher and " if first else ""
+    return f"{halves}about {_time(plan['seconds'])} {'for the student ' if first else ''}on this machine"
 
 
 def _size(size: float) -> str:

@@ -118,7 +118,12 @@ def usual_fit(layout: str, degradation: str) -> str:
 
 
 def look_up_data(
-    references: Sequence[str], teacher: Mapping[str, Any], degradation: str, layout: str, labels: str
+    references: Sequence[str],
+    teacher: Mapping[str, Any],
+    degradation: str,
+    layout: str,
+    labels: str,
+    targets: bool = False,
 ) -> list[str]:
     """Say of each reference what would be taken of it, for `--dry-run`; nothing is fetched."""
     lines = []
@@ -126,8 +131,8 @@ def look_up_data(
         if reference.startswith("hf://") or to_fetch([reference]):
             lines.append(f"{reference}: counted when it has been fetched")
         else:
-            parts = open_data([reference], teacher, degradation, layout, labels)
-            lines += [*describe(parts, degradation), *(hint for part in parts if (hint := side_by_side(part)))]
+            parts = open_data([reference], teacher, degradation, layout, labels, targets=targets)
+            lines += [*describe(parts, degradation, targets), *(hint for part in parts if (hint := side_by_side(part)))]
     return lines
 
 

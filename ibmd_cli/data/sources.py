@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ibmd_cli.data.augment import Augmentation
 from ibmd_cli.data.datasets import SOURCE, TARGET, DataSet, Embedded, Notes, tell_notes
 from ibmd_cli.data.degradations import degrade, draw_masks, fill_hole, is_slow
 from ibmd_cli.data.references import check_sources, describe, open_data, side_by_side
@@ -207,6 +208,7 @@ class SourceImages:
 
     Attributes:
         inputs: reference → what was found, to tell whether it has changed.
+        rows: numbers of the images that `batch` and `pairs` draw from; all of them, unless some are held out.
 
     Raises:
         UsageError: the degradation is unknown, or does not go with the teacher, its image size or the images.
@@ -243,6 +245,7 @@ class SourceImages:
         self.labels = torch.tensor(classes) if classes else None
         both = targets and (not degradation or is_slow(degradation))
         self.reader = Reader(self.parts, (SOURCE, TARGET) if both else ())
+        self.rows = torch.arange(len(self))
         self.pixels = torch.empty(0)
         self.loader: Loader | None = None
         self.seen, self.broken, self.notes = torch.zeros(len(self), dtype=torch.bool), dict[int, str](), Notes()
@@ -270,22 +273,28 @@ class SourceImages:
 
         They are in [-1, 1], except where a degradation goes beyond or noise fills a hole.
         """
-        x, label = self._images(rows, device)
-        return self._degrade(x[:, :3], rng)._replace(label=label)
+        return self.take_pairs(rows, rng, device)[0]
 
-    def batch(self, size: int, rng: Streams, flip: bool, device: torch.device | str = "cpu") -> Sources:
+    def take_pairs(
+        self, rows: Sequence[int], rng: Streams, device: torch.device | str = "cpu"
+    ) -> tuple[Sources, Tensor]:
+        """Return sources by their numbers, and their targets as `pairs` returns them."""
+        x, label = self._images(rows, device)
+        return self._degrade(x[:, :3], rng)._replace(label=label), x[:, -3:]
+
+    def batch(self, size: int, rng: Streams, flip: bool | Augmentation, device: torch.device | str = "cpu") -> Sources:
         """Draw sources at random as `take` returns them, mirrored at random (before they are degraded) if `flip`."""
         return self.pairs(size, rng, flip, device)[0]
 
-    def pairs(self, size: int, rng: Streams, flip: bool, device: torch.device | str = "cpu") -> tuple[Sources, Tensor]:
+    def pairs(
+        self, size: int, rng: Streams, flip: bool | Augmentation, device: torch.device | str = "cpu"
+    ) -> tuple[Sources, Tensor]:
         """Draw sources as `batch` does, and return them with their targets, float32 (size, 3, H, W) in [-1, 1].
 
         Without `targets`, the second is what the sources were made of: the sources themselves, unless degraded.
         """
-        rows = self._draw(size, rng)
-        mirrored = (uniform(size, rng) < (0.5 if flip else 0.0)).to(device)[:, None, None, None]
-        x, label = self._images(rows, device)
-        x = torch.where(mirrored, x.flip(3), x)
+        x, label = self._images(self._draw(size, rng), device)
+        x = (flip if isinstance(flip, Augmentation) else Augmentation(flip))(x, rng)
         return self._degrade(x[:, :3], rng)._replace(label=label), x[:, -3:]
 
     def expect(self, size: int, streams: Iterable[Streams]) -> None:
@@ -305,7 +314,7 @@ class SourceImages:
             tell_notes(self.notes, self.told, self.reporter)
 
     def _draw(self, size: int, rng: Streams) -> list[int]:
-        return (uniform(size, rng) * len(self)).long().tolist()
+        return self.rows[(uniform(size, rng) * len(self.rows)).long()].tolist()
 
     def _images(self, rows: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         """Return pixels in [-1, 1] and classes."""

@@ -16,7 +16,7 @@ from ibmd_cli.hub import parse_hf
 from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.interface import describe_tensors, sample_script
-from ibmd_cli.models.model import StudentModel
+from ibmd_cli.models.model import Model, StudentModel
 from ibmd_cli.models.upload import push, repository
 from ibmd_cli.reporting import counted, rounded
 
@@ -143,6 +143,23 @@ def published_files(student: StudentModel, reference: str, results: Path | None 
         "model.safetensors": student.weights,
         **picture,
     }
+
+
+def teacher_card(teacher: Model) -> str:
+    """Return the card of a teacher that `ibmd distill --teacher new` trained."""
+    config, training = teacher.config, teacher.config["training"]
+    facts = {
+        "Bridge": ", ".join(f"{key} {value}" for key, value in config["bridge"].items()),
+        "Network": f"{sum(p.numel() for p in teacher.predictor.parameters()):,} parameters, images of "
+        f"{teacher.image_size}×{teacher.image_size} pixels",
+        "Sampling": ", ".join(f"{key} {value}" for key, value in config["sampling"].items()),
+    }
+    return (
+        f"# {teacher.name}\n\n{config['task']}: a diffusion bridge, trained on pairs by ibmd {config['ibmd_version']}. "
+        f"Distil it: `ibmd distill --teacher FOLDER --data SOURCES`. Try it: `ibmd sample --teacher FOLDER -i X.png`."
+        f"\n\n{_table(('', ''), facts.items())}\n\n## Licence\n\n{config['licence']}\n\n"
+        f"## Settings\n\n{_table(('setting', 'value'), _code(training).items())}\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- parts

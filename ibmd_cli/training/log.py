@@ -23,11 +23,11 @@ GROWN = 100
 """Student updates, and half of a run, after which it had."""
 
 
-def read_log(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of `metrics.jsonl` in a run folder, up to one that was cut off as it was written."""
+def read_log(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the lines of a log in a run folder, up to one that was cut off as it was written."""
     lines: list[dict[str, Any]] = []
     try:
-        for line in (out / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (out / name).read_text(encoding="utf-8", errors="replace").splitlines():
             lines.append(json.loads(line))
     except (FileNotFoundError, ValueError):
         pass

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor
 
+from ibmd_cli.data.augment import Augmentation
 from ibmd_cli.data.references import usual_fit
 from ibmd_cli.data.sources import SourceImages, count_workers
 from ibmd_cli.devices import peak_memory, tune
@@ -29,6 +30,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import read_json
 from ibmd_cli.method.distillation import Iterations, Sources, Step, generate, ibmd
 from ibmd_cli.method.noise import Streams
+from ibmd_cli.method.times import LogTimes
 from ibmd_cli.models.folder import refuse_models
 from ibmd_cli.models.model import StudentModel, TeacherModel, make_setup
 from ibmd_cli.models.teachers import TeacherRef, load_teacher
@@ -38,6 +40,7 @@ from ibmd_cli.reporting import Reporter
 from ibmd_cli.settings import to_json
 from ibmd_cli.training.config import AUTO, DistillConfig
 from ibmd_cli.training.fsdp import split
+from ibmd_cli.training.heldout import HeldOut, calls_of_student, choose_held_out, score_student, spacing, verdict
 from ibmd_cli.training.log import Watch, read_log
 from ibmd_cli.training.memory import fitting_micro_batch
 from ibmd_cli.training.new_student import new_student
@@ -45,8 +48,9 @@ from ibmd_cli.training.optimise import Player, Schedule
 from ibmd_cli.training.page import run_page, write_page
 from ibmd_cli.training.preview import Preview
 from ibmd_cli.training.reuse import SharedImages
-from ibmd_cli.training.run_folder import Position, Run, check_run, open_run, writing
+from ibmd_cli.training.run_folder import RESUME, STUDENT, TEACHER, Position, Run, check_run, open_run, writing
 from ibmd_cli.training.signals import interrupts
+from ibmd_cli.training.teacher import Teaching, describe_teacher, new_teacher
 
 
 def distill(
@@ -84,12 +88,16 @@ def distill(
     accelerator = _accelerator(config, out, device)
     _check_processes(config, accelerator.num_processes)
     reporter = reporter if accelerator.is_main_process else Reporter(quiet=True)
-    ref = TeacherRef(config.teacher, config.preset, config.head_channels, config.attention_order)
-    teacher = load_teacher(ref, quiet=reporter.quiet)
-    student = new_student(config, teacher)
+    if config.trains_teacher:
+        teacher, described, digest = None, describe_teacher(config, out.name), {}
+    else:
+        ref = TeacherRef(config.teacher, config.preset, config.head_channels, config.attention_order)
+        teacher = load_teacher(ref, quiet=reporter.quiet)
+        described, digest = teacher.config, {config.teacher: f"sha256 {teacher.digest()}"}
+        student = new_student(config, teacher)  # refuses what does not go together, before the work
     sources = SourceImages(
         config.data,
-        teacher.config,
+        described,
         reporter,
         "" if config.degrade == "none" else config.degrade,
         config.masks,
@@ -97,15 +105,25 @@ def distill(
         labels=config.labels,
         workers=count_workers(config.workers, process.local_count),
         fit=_fit(config, out),
+        targets=config.reads_targets,
     )
     for line in sources.describe():
         reporter.note(line)
-    inputs = {config.teacher: f"sha256 {student.config['teacher']['sha256']}", **sources.inputs}
-    hold = open_run(out, config, origins, accelerator.num_processes, inputs)
+    held_out = choose_held_out(config, described, sources, reporter, accelerator.device)
+    hold = open_run(out, config, origins, accelerator.num_processes, {**digest, **sources.inputs})
+    of_teacher = Path(resume).name.startswith(TEACHER.prefix)
     with hold if accelerator.is_main_process else nullcontext(), closing(sources):
         accelerator.wait_for_everyone()
-        Training(config, out, teacher, student, sources, accelerator, reporter).run(resume)
-    return out / "student"
+        if teacher is None:
+            teacher = new_teacher(config, described, sources, reporter)
+            teaching = Teaching(config, out, teacher, sources, held_out, accelerator, reporter)
+            teacher = teaching.run(resume if of_teacher or resume in RESUME else "auto")
+            if config.stop_after == "teacher":
+                return out / TEACHER.best
+            student = new_student(config, teacher, str(out / TEACHER.best))
+        training = Training(config, out, teacher, student, sources, held_out, accelerator, reporter)
+        training.run("auto" if of_teacher else resume)
+    return out / STUDENT.best
 
 
 def _fit(config: DistillConfig, out: Path) -> str:
@@ -159,6 +177,7 @@ class Training:
         teacher: x̂*_0.
         student: at its start.
         sources: images to train on.
+        held_out: pairs to score it on; None: it is not scored, and the last student is kept.
         accelerator: device, precision, processes.
         reporter: for notes and progress.
 
@@ -173,10 +192,12 @@ class Training:
         teacher: TeacherModel,
         student: StudentModel,
         sources: SourceImages,
+        held_out: HeldOut | None,
         accelerator: Accelerator,
         reporter: Reporter,
     ) -> None:
         self.config, self.out, self.sources, self.reporter = config, out, sources, reporter
+        self.held_out = held_out
         self.accelerator, self.main = accelerator, accelerator.is_main_process
         self._say_where()
         torch.manual_seed(config.seed)
@@ -191,13 +212,21 @@ class Training:
         self.setup = make_setup(
             student.predictor, student.config["sampling"], config.t_power, config.t_even, config.weight_power
         )
+        if times := teacher.config.get("times"):
+            self.setup = replace(self.setup, log_times=LogTimes(**times))
+        self.augment = Augmentation(config.flip, config.shift, config.colour)
+        self.score_every = config.score_every or spacing(
+            calls_of_student(config, held_out), config.batch_size, config.steps
+        )
         self.micro_batch = self._choose_micro_batch(networks)
         self.phi, self.theta = self._players(bridge_model, student.predictor)
         if config.compile:  # after their copies were made, and in place: names of parameters stay
             for predictor in networks:
                 predictor.backbone.compile()
         players = {"student": self.theta, "bridge_model": self.phi}
-        self.folder = Run(out, players, student, config.keep, accelerator.scaler, writes=self.main)
+        self.folder = Run(
+            out, players, student, config.keep, accelerator.scaler, writes=self.main, scored=held_out is not None
+        )
         self.at = Position()
         self.interrupted: list[int] = []
 
@@ -209,9 +238,10 @@ class Training:
         first, last = (self.iterations.first(k) for k in (self.at.step, self.at.step + 1))
         bridge = self.at.bridge if first <= self.at.bridge <= last else first  # a run with other settings counts anew
         self.iterations = replace(self.iterations, start=self.at.step, bridge_start=bridge)
-        self.watch = Watch(config.steps, folder.trim_log(self.at.step) if self.main else ())
+        self.lines = folder.trim_log(self.at.step) if self.main else []
+        self.watch = Watch(config.steps, self.lines)
         if self.at.step and bridge == first:
-            folder.mend_student(self.at.step, self.reporter)
+            folder.mend(self.at.step, self.reporter)
         self.accelerator.wait_for_everyone()
         if self.at.step >= config.steps:
             self._refuse_untrained()
@@ -235,6 +265,8 @@ class Training:
             for step in self._algorithm():
                 self._after_student_update(step)
             self._refuse_untrained()
+        for text in verdict(self.lines):
+            self.reporter.warn(f"student: {text}")
         self.accelerator.end_training()
 
     # --------------------------------------------------------------------------------------------- before the first
@@ -296,7 +328,7 @@ class Training:
         self.sources.expect(self.micro_batch, self._coming_streams())
 
         def sources(rng: Streams) -> Sources:
-            return self.sources.batch(self.micro_batch, rng, self.config.flip, self.accelerator.device)
+            return self.sources.batch(self.micro_batch, rng, self.augment, self.accelerator.device)
 
         make = partial(generate, self.theta.model, self.setup, sources)
         self.images = SharedImages(make, self.phi, self.iterations, self.config.reuse)
@@ -346,7 +378,7 @@ class Training:
             self.meter.prepare(f"warm-up {l + 1}/{self.config.bridge_warmup}")
         stop, due = self._agreed(self.folder.is_due())
         if stop or due:
-            self.folder.save(self.at, between=True, student=stop and k > 0)
+            self.folder.save(self.at, between=True, model=stop and k > 0)
             self.accelerator.wait_for_everyone()
         if stop:
             self._stop(f"after update {l + 1} of the bridge model")
@@ -362,8 +394,11 @@ class Training:
         save = stop or k % config.checkpoint_every == 0 or k == config.steps
         if show:
             line |= self._show(k)
+        if self.held_out and (k % self.score_every == 0 or k == config.steps):
+            line |= score_student(self.folder, self.held_out, k, self.lines)
         if self.main:
             line |= self.watch.look(line)
+            self.lines.append(line)
             for warning in line.get("warnings", []):
                 self.reporter.warn(warning)
             self.folder.log(line)
@@ -422,7 +457,7 @@ class Training:
 
     def _refuse_untrained(self) -> None:
         """Fail, in the first process, if no update of the student was made."""
-        training = read_json(self.out / "student" / "config.json")["training"] if self.main else {}
+        training = read_json(self.out / STUDENT.best / "config.json")["training"] if self.main else {}
         if training.get("untrained"):
             raise IbmdError(
                 f"{self.out}: nothing was learnt: all {self.config.steps} updates of the student were skipped, their "

@@ -11,8 +11,8 @@ from ibmd_cli.settings import to_json
 from ibmd_cli.training.config import DistillConfig
 
 
-def new_student(config: DistillConfig, teacher: TeacherModel) -> StudentModel:
-    """Make a student of the teacher's weights; those for z are zero or small (arXiv:2502.01362v2, App. B).
+def new_student(config: DistillConfig, teacher: TeacherModel, reference: str = "") -> StudentModel:
+    """Make a student of the weights of a teacher; those for z are zero or small (arXiv:2502.01362v2, App. B).
 
     Differs from the paper: with `init`, of the weights of a student, e.g. one of fewer steps.
     """
@@ -23,7 +23,7 @@ def new_student(config: DistillConfig, teacher: TeacherModel) -> StudentModel:
     if channels:
         predictor = predictor.widen(channels, config.noise_init, rng)
     noise = {"channels": channels, "grid": config.noise_grid or teacher.image_size}
-    if config.init:
+    if config.init and not config.trains_teacher:
         first = load_student(config.init)
         have, want = (
             {**model.to_dict(), "noise": settings}
@@ -48,7 +48,7 @@ def new_student(config: DistillConfig, teacher: TeacherModel) -> StudentModel:
             "rollout": "chain" if chained else "random-step",
             "transition": "posterior" if chained else "marginal",
         },
-        "teacher": {"reference": config.teacher, "sha256": teacher.digest()},
+        "teacher": {"reference": reference or config.teacher, "sha256": teacher.digest()},
         "training": to_json(config),
     }
     return StudentModel(predictor, settings)

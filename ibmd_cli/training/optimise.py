@@ -6,7 +6,7 @@ in this package. Accelerate supplies devices, mixed precision and several proces
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +73,7 @@ class Player:
         clip: largest gradient norm, or None.
         micro_batches: gradients of this many calls of the loss function are averaged in each step.
         micro_batch: images of such a call, each of which gets a random stream of its own; None: they share one.
-        ema: decay of the averaged copy, or None for no copy.
+        ema: decay of the averaged copy, or of each of several; None for no copy.
         weight_decay: decoupled (AdamW).
         split: whether the network, a `Predictor`, is split over the processes (`fsdp`). Then all of them must call
             `averaged` and `state_dict` together.
@@ -96,20 +96,21 @@ class Player:
         clip: float | None = None,
         micro_batches: int = 1,
         micro_batch: int | None = None,
-        ema: float | None = None,
+        ema: float | Sequence[float] | None = None,
         weight_decay: float = 0.0,
         split: bool = False,
     ) -> None:
         self.name, self.steps, self.seed = name, steps, seed
         self.accelerator, self.schedule, self.clip, self.micro_batches = accelerator, schedule, clip, micro_batches
-        self.micro_batch, self.ema = micro_batch, ema
+        self.micro_batch = micro_batch
         self.network = model
         self.skipped = self.in_a_row = 0
-        # Before `prepare`, which changes the network's forward for mixed precision: the average stays in float32.
-        self.average = AveragedModel(model) if ema is not None else None
+        # Before `prepare`, which changes the network's forward for mixed precision: the averages stay in float32.
+        decays = () if ema is None else (ema,) if isinstance(ema, int | float) else ema
+        self.averages = {float(decay): AveragedModel(model) for decay in decays}
         self.shape = copy.deepcopy(model).to("meta") if split else None  # without weights, which `averaged` fills in
         if split:
-            for network in (model, *([self.average.module] if self.average is not None else [])):
+            for network in (model, *(average.module for average in self.averages.values())):
                 fsdp.split(network)  # type: ignore[arg-type]
         optimizer = torch.optim.AdamW(
             model.parameters(), schedule.lr, betas=betas, weight_decay=weight_decay, fused=True
@@ -162,12 +163,13 @@ class Player:
         size = self.accelerator.num_processes * self.micro_batches * self.micro_batch
         return BatchStreams(range(first, first + self.micro_batch), self.seed, self.name, step, size=size)
 
-    def averaged(self) -> nn.Module:
-        """Return the network with averaged weights (the network itself without EMA).
+    def averaged(self, decay: float | None = None) -> nn.Module:
+        """Return the network with weights averaged by a decay, or by the first (the network itself without EMA).
 
         One that is split comes as a whole to the main process, without weights to the others.
         """
-        network = self.average.module if self.average is not None else self.network
+        average = self.averages[decay] if decay is not None else next(iter(self.averages.values()), None)
+        network = average.module if average is not None else self.network
         if self.shape is None:
             return network
         main = self.accelerator.is_main_process
@@ -180,8 +182,7 @@ class Player:
         """Return all that the next step depends on; of a network that is split, as a whole to the main process."""
         state = {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"skipped": self.skipped, "in_a_row": self.in_a_row}
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
+        state |= {_average(i): average.state_dict() for i, average in enumerate(self.averages.values())}
         return fsdp.gather(state, self.accelerator.is_main_process)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -194,8 +195,8 @@ class Player:
         }
         self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        if self.average is not None:
-            _load(self.average, state["average"])
+        for i, average in enumerate(self.averages.values()):
+            _load(average, state[_average(i)])
 
     def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss / self.micro_batches)
@@ -220,14 +221,18 @@ class Player:
 
     @torch.no_grad()
     def _move_average(self) -> None:
-        """Move the exponential average, whose decay warms up as min(ema, (1 + k)/(10 + k)): the start is forgotten."""
-        if self.average is None or self.ema is None:
-            return
-        k = int(self.average.n_averaged)  # which is on the CPU
-        decay = min(self.ema, (1 + k) / (10 + k)) if k else 0.0
-        averages, weights = ([fsdp.part(p) for p in m.parameters()] for m in (self.average.module, self.network))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        self.average.n_averaged += 1
+        """Move the exponential averages, whose decay warms up as min(ema, (1 + k)/(10 + k)): the start is forgotten."""
+        for ema, average in self.averages.items():
+            k = int(average.n_averaged)  # which is on the CPU
+            decay = min(ema, (1 + k) / (10 + k)) if k else 0.0
+            averages, weights = ([fsdp.part(p) for p in m.parameters()] for m in (average.module, self.network))
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+            average.n_averaged += 1
+
+
+def _average(number: int) -> str:
+    """Name of an average in a checkpoint."""
+    return f"average {number}" if number else "average"
 
 
 def _load(network: nn.Module, state: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ibmd_cli.html import Chart, Line, Points, across, picture_uri, render, upwards, write_html
+from ibmd_cli.training.heldout import verdict
 from ibmd_cli.training.log import LAG, WINDOW, read_log
 
 PREVIEWS = 6
@@ -41,17 +42,25 @@ def write_page(out: Path, status: str) -> None:
         status: "running", "finished", "interrupted" or "stopped: …".
     """
     run = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    lines, settings = read_log(out), run["settings"]
+    lines, first, settings = read_log(out), read_log(out, "teacher.jsonl"), run["settings"]
     page = render(
         "run.html",
         title=f"{settings['teacher']} → {out.name}",
         status=status,
         refresh=REFRESH,
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        warnings=[text for line in lines for text in line.get("warnings", ())],
-        facts=_latest(lines, settings["steps"]),
-        curves=[curve for curve in _curves(lines) if curve.chart or status == "running"] if lines else [],
-        previews=_previews(out),
+        warnings=[
+            *(text for line in (*first, *lines) for text in line.get("warnings", ())),
+            *(f"teacher: {text}" for text in verdict(first) if lines or status == "finished"),
+            *(f"student: {text}" for text in verdict(lines) if status == "finished"),
+        ],
+        facts=_latest(first, first[-1]["steps"], "teacher")
+        if first and not lines
+        else _latest(lines, settings["steps"]),
+        halves=[
+            {"player": player, "curves": _curves(player, log, status), "previews": _previews(out, prefix)}
+            for player, log, prefix in (("teacher", first, "teacher"), ("student", lines, "step"))
+        ],
         settings=[
             (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value), origin)
             for name, value in settings.items()
@@ -63,14 +72,14 @@ def write_page(out: Path, status: str) -> None:
     write_html(out / "run.html", page)
 
 
-def _latest(lines: Sequence[Mapping[str, Any]], steps: int) -> dict[str, str]:
+def _latest(lines: Sequence[Mapping[str, Any]], steps: int, player: str = "student") -> dict[str, str]:
     """Return the latest figures: what they are → the figures."""
     if not lines:
-        return {"student updates": f"0 of {steps}"}
+        return {f"{player} updates": f"0 of {steps}"}
     last, step = lines[-1], lines[-1]["step"]
     spent, left = (timedelta(seconds=round(last["seconds"] * share)) for share in (1, (steps - step) / step))
     return {
-        "student updates": f"{step} of {steps}",
+        f"{player} updates": f"{step} of {steps}",
         "time spent": str(spent),
         **({"time left, about": str(left)} if step < steps else {}),
         "images": f"{last['images']:,}",
@@ -79,12 +88,12 @@ def _latest(lines: Sequence[Mapping[str, Any]], steps: int) -> dict[str, str]:
     }
 
 
-def _previews(out: Path) -> dict[int, str]:
+def _previews(out: Path, prefix: str) -> dict[int, str]:
     """Return some of the previews, newest first: step → address of the picture."""
-    files = sorted((out / "previews").glob("step-*.png"), reverse=True)
+    files = sorted((out / "previews").glob(f"{prefix}-*.png"), reverse=True)
     if len(files) > PREVIEWS:
         files = [files[round(i * (len(files) - 1) / (PREVIEWS - 1))] for i in range(PREVIEWS)]
-    return {int(file.stem.removeprefix("step-")): picture_uri(file, WIDEST, WIDEST)[1] for file in files}
+    return {int(file.stem.removeprefix(f"{prefix}-")): picture_uri(file, WIDEST, WIDEST)[1] for file in files}
 
 
 # --------------------------------------------------------------------------------------------------------- curves
@@ -100,8 +109,30 @@ class Figure(NamedTuple):
     missing: str
 
 
-def _curves(lines: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
-    def curve(title: str, name: str, note: str = "", second: str = "", missing: str = "no values yet") -> Figure:
+ONE = "at one call"
+HELD_OUT: list[tuple[str, ...]] = [
+    ("Energy score", "energy_score", "on held-out pairs; the least is kept", "energy_score_1", "", ONE),
+    ("Squared error", "mse", "on held-out pairs", "mse_1", "", ONE),
+]
+CURVES: dict[str, list[tuple[str, ...]]] = {
+    "teacher": [("Loss of the teacher", "loss"), ("Learning rate of the teacher", "lr")],
+    "student": [
+        ("Loss of the bridge model", "bridge_loss"),
+        ("Loss of the student", "student_loss", "a difference: negative if the bridge model lags"),
+        ("Lag of the bridge model", "bridge_lag", f"trouble above {LAG}", "", f"from step {WINDOW} on"),
+        ("Diversity over z", "diversity", "mean deviation in [-1, 1]", "teacher_diversity", "with each preview"),
+        ("Learning rate of the student", "lr"),
+    ],
+}
+"""For each player the curves: title, name in the log, a note, the name of the dashed curve, why there is none yet."""
+
+
+def _curves(player: str, lines: Sequence[Mapping[str, Any]], status: str) -> list[Figure]:
+    """Return the curves of a half; those without values only while it runs, and scores only where there are any."""
+
+    def curve(
+        title: str, name: str, note: str = "", second: str = "", missing: str = "no values yet", other: str = "teacher"
+    ) -> Figure:
         points, dashed = (
             [(line["step"], v) for line in lines if (v := line.get(key)) is not None] for key in (name, second)
         )
@@ -110,14 +141,11 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
         raw, bold = _means(points, 600), _means(points, 40)
         x, y = across(0, points[-1][0]), upwards(value for _, value in (*bold, *dashed))
         drawn = [Line("a raw", raw), Line("a", bold), Line("b dashed", dashed)]
-        return Figure(title, note, Chart(title, x, y, drawn), "teacher" if dashed else "", "")
+        return Figure(title, note, Chart(title, x, y, drawn), other if dashed else "", "")
 
-    yield curve("Loss of the bridge model", "bridge_loss")
-    yield curve("Loss of the student", "student_loss", "a difference: negative if the bridge model lags")
-    yield curve("Lag of the bridge model", "bridge_lag", f"trouble above {LAG}", missing=f"from step {WINDOW} on")
-    yield curve("Diversity over z", "diversity", "mean deviation in [-1, 1]", "teacher_diversity", "with each preview")
-    yield curve("Learning rate of the student", "lr")
-    yield curve("Images per second", "images_per_second")
+    rows = [*CURVES[player], ("Images per second", "images_per_second")] if lines else []
+    figures = [curve(*row) for row in [*rows, *HELD_OUT]]
+    return [figure for figure in figures if figure.chart or (figure.missing and status == "running")]
 
 
 def _means(points: Points, most: int) -> Points:

@@ -21,9 +21,10 @@ from ibmd_cli.models.model import make_setup, student_times
 from ibmd_cli.models.teachers import TeacherRef, look_up_teacher
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
-from ibmd_cli.training.config import AUTO, DistillConfig
+from ibmd_cli.training.config import AUTO, DistillConfig, duration
 from ibmd_cli.training.memory import estimate_memory
 from ibmd_cli.training.preview import preview_calls
+from ibmd_cli.training.teacher import describe_teacher, updates_of_teacher
 
 PROBE = 4
 """Images of the updates that are timed, at most."""
@@ -40,18 +41,19 @@ def plan(config: DistillConfig, out: Path, processes: int, device: torch.device)
     Raises:
         NotAvailable, UsageError, IbmdError: no such teacher or data, or settings that do not go together.
     """
-    teacher, files = look_up_teacher(
-        TeacherRef(config.teacher, config.preset, config.head_channels, config.attention_order)
-    )
+    teacher, files, steps = _teacher(config, out)
     size = teacher["image_size"] if "image_size" in teacher else teacher["image"]["size"]
     degradation, data, sizes = "" if config.degrade == "none" else config.degrade, list[str](), list[str]()
     if config.data:
         refuse_models(config.data)
         check_sources(config.data, teacher, degradation, Reporter(quiet=True), config.layout, config.labels)
-        data = look_up_data(config.data, teacher, degradation, config.layout, config.labels)
+        targets = config.reads_targets
+        data = look_up_data(config.data, teacher, degradation, config.layout, config.labels, targets)
         local = [one for one in config.data if not one.startswith(("dataset:", "hf:"))]
         if "image" in teacher and local:
-            sizes = _sizes(open_data(local, teacher, degradation, config.layout, config.labels), size)
+            parts = open_data(local, teacher, degradation, config.layout, config.labels, targets=targets)
+            sizes = _sizes(parts, size)
+            steps = steps or updates_of_teacher(config, sum(map(len, parts)))
         files = [*files, *to_fetch(config.data)]
     channels = config.noise_channels if config.noise else 0
     student = {**teacher, "noise_channels": channels}
@@ -76,7 +78,12 @@ def plan(config: DistillConfig, out: Path, processes: int, device: torch.device)
     micro_batch = 1 if config.micro_batch == AUTO else int(config.micro_batch) or share
     small = device.type != "cpu" or n < TOO_LARGE
     fits = fixed + memory.per_image * min(PROBE, micro_batch) < free_memory(device)
-    seconds = _seconds(config, teacher, student, size, times, share, micro_batch, device) if small and fits else None
+    seconds, per_image = (
+        _seconds(config, teacher, student, size, times, share, micro_batch, device) if small and fits else (None, 0.0)
+    )
+    of_teacher = share * per_image * steps
+    if seconds and config.teacher_time:
+        of_teacher = min(of_teacher, duration(config.teacher_time))
     return {
         "run folder": str(out),
         "device": str(device),
@@ -97,7 +104,16 @@ def plan(config: DistillConfig, out: Path, processes: int, device: torch.device)
         "timesteps of the student": times,
         "files to download": files,
         "seconds": seconds,
+        **({"updates of the teacher": steps, "seconds of the teacher": of_teacher} if config.trains_teacher else {}),
     }
+
+
+def _teacher(config: DistillConfig, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Return a teacher's configuration, what is to be fetched, and the updates that it is trained by, as asked for."""
+    if config.trains_teacher:
+        return describe_teacher(config, out.name), [], config.teacher_steps
+    ref = TeacherRef(config.teacher, config.preset, config.head_channels, config.attention_order)
+    return *look_up_teacher(ref), 1
 
 
 def _sizes(parts: list[DataSet], size: int) -> list[str]:
@@ -122,8 +138,8 @@ def _seconds(
     share: int,
     micro_batch: int,
     device: torch.device,
-) -> float:
-    """Time an update of each kind, and return the seconds of all updates and previews."""
+) -> tuple[float, float]:
+    """Time an update of each kind; return the seconds of all updates and previews, and of an image of one network."""
     frozen = make_predictor(dict(teacher)).to(device).requires_grad_(False)
     bridge_model, generator = copy.deepcopy(frozen).requires_grad_(True), make_predictor(dict(student)).to(device)
     chained = frozen.bridge.kind == "i2sb"
@@ -160,4 +176,4 @@ def _seconds(
     updates = warmup + config.steps * each
     trained = share * (made * spent["sample"] + updates * spent["bridge"] + config.steps * spent["student"])
     shown = preview_calls(teacher["sampling"]["nfe"], len(times), 1 + math.ceil(config.steps / config.preview_every))
-    return trained + shown * spent["sample"] / len(times)
+    return trained + shown * spent["sample"] / len(times), spent["bridge"]

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import atomic_file, atomic_folder, read_json, sha256
-from ibmd_cli.models.card import student_card
-from ibmd_cli.models.folder import load_student, misfits, save_model
+from ibmd_cli.models.card import student_card, teacher_card
+from ibmd_cli.models.folder import load_folder, misfits, save_model
 from ibmd_cli.models.model import Model, StudentModel
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import DistillConfig, changed_settings, to_json
@@ -55,7 +56,7 @@ def check_run(out: Path, config: DistillConfig, resume: str) -> None:
         raise UsageError(f"--out {out}: {there} is no folder; give another --out")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"--out {out}: {there} may not be written to; check its permissions, or give another --out")
-    others = any((out / "checkpoints").glob("step-*")) and Path(resume).resolve().parent.parent != out.resolve()
+    others = any((out / "checkpoints").glob("*-*")) and Path(resume).resolve().parent.parent != out.resolve()
     if resume not in RESUME and not others and not (Path(resume) / "state.pt").is_file():
         raise UsageError(f"--resume {resume}: no checkpoint: expected a folder RUN/checkpoints/step-… with state.pt")
     if (out / "config.json").exists():
@@ -162,43 +163,72 @@ class Position(NamedTuple):
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Half:
+    """What the files of one half of a run are called.
+
+    Attributes:
+        player: that becomes a model.
+        log: the file of its log.
+        prefix: of its checkpoints and previews, before the number of the step.
+        best: folder of the model that is best by its held-out score.
+        last: folder of the model of the last checkpoint; "": none. Without held-out scores it is `best`.
+        rates: the settings of its learning rates.
+    """
+
+    player: str
+    log: str
+    prefix: str
+    best: str
+    last: str
+    rates: str
+
+
+STUDENT = Half("student", "metrics.jsonl", "step", "student", "student-last", "--lr and --bridge-lr")
+TEACHER = Half("teacher", "teacher.jsonl", "teacher", "teacher", "", "teacher_lr (in a --config file)")
+
+
 class Run:
-    """The log, the checkpoints and the student of a run folder.
+    """The log, the checkpoints and the models of a half of a run.
 
     Args:
         out: the run folder.
-        players: what a checkpoint holds; the one named "student" becomes `student/`.
-        student: its settings.
+        players: what a checkpoint holds; one of them becomes a model.
+        model: its settings.
         keep: checkpoints to keep.
         scaler: of the gradients with fp16, shared by the players.
-        writes: whether this process writes; all of them must call `save` and `mend_student`, which gather networks
-            that are split.
+        writes: whether this process writes; all of them must call `save` and `mend`, which gather networks that are
+            split.
+        half: of the run.
+        scored: whether models are scored on held-out pairs, and the best is written by `write`.
     """
 
     def __init__(
         self,
         out: Path,
         players: dict[str, Player],
-        student: StudentModel,
+        model: Model,
         keep: int,
         scaler: torch.amp.GradScaler | None,
         writes: bool = True,
+        half: Half = STUDENT,
+        scored: bool = False,
     ) -> None:
-        self.out, self.players, self.student, self.keep, self.scaler = out, players, student, keep, scaler
-        self.writes = writes
+        self.out, self.players, self.model, self.keep, self.scaler = out, players, model, keep, scaler
+        self.writes, self.half, self.last = writes, half, half.last if scored else half.best
         self.saved, self.cost = time.monotonic(), 0.0
         self.left_alone = False
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`."""
-        file = self.out / "metrics.jsonl"
+        """Append a line to the log."""
+        file = self.out / self.half.log
         with writing(file, holds=self.holds()), file.open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
 
     def trim_log(self, step: int) -> list[dict[str, Any]]:
         """Drop the lines of steps after `step`, which will be made again, and return the others."""
-        file = self.out / "metrics.jsonl"
-        lines = [line for line in read_log(self.out) if line["step"] <= step]
+        file = self.out / self.half.log
+        lines = [line for line in read_log(self.out, self.half.log) if line["step"] <= step]
         if file.exists():
             with writing(file, holds=self.holds()), atomic_file(file) as new:
                 new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -206,27 +236,28 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Return the folders of the checkpoints, newest first."""
-        return sorted((self.out / "checkpoints").glob("step-*"), key=_order, reverse=True)
+        return sorted((self.out / "checkpoints").glob(f"{self.half.prefix}-*"), key=_order, reverse=True)
 
     def is_due(self) -> bool:
         """Tell whether so much time went by that a kill would lose too much."""
         return time.monotonic() - self.saved >= max(SECONDS, self.cost / SHARE)
 
-    def save(self, at: Position, *, between: bool = False, student: bool = True) -> None:
-        """Write a checkpoint and `student/`, each whole or not at all, and drop the checkpoints that are not kept.
+    def save(self, at: Position, *, between: bool = False, model: bool = True) -> None:
+        """Write a checkpoint and the last model, each whole or not at all, and drop the checkpoints that are not kept.
 
         Args:
             at: how far the run is.
-            between: whether this is after an update of the bridge model, and so until the next checkpoint alone.
-            student: whether to write `student/`, too.
+            between: whether this is until the next checkpoint alone, e.g. after an update of the bridge model.
+            model: whether to write the folder of the last model, too.
 
         Raises:
             IbmdError: they cannot be written; the checkpoint before is intact.
         """
         began = time.monotonic()
-        folder = self.out / "checkpoints" / (f"step-{at.step:06d}" + (f"-bridge-{at.bridge:06d}" if between else ""))
+        name = f"{self.half.prefix}-{at.step:06d}" + (f"-bridge-{at.bridge:06d}" if between else "")
+        folder = self.out / "checkpoints" / name
         state: dict[str, Any] = {name: player.state_dict() for name, player in self.players.items()}
-        averaged = self._averaged(at.step)
+        averaged = self.averaged(at.step)
         if self.writes:
             state |= {"scaler": self.scaler.state_dict() if self.scaler else None, **at._asdict()}
             needed = sum(x.nbytes for x in tree_leaves(state) if isinstance(x, torch.Tensor))
@@ -234,8 +265,10 @@ class Run:
                 with (new / "state.pt").open("wb") as file:  # not by its name: torch would hide what the system says
                     torch.save(state, file)
                 (new / "state.pt.sha256").write_text(f"{sha256(new / 'state.pt')}  state.pt\n", encoding="utf-8")
-            if student:
-                self._save_student(averaged)
+            if model:
+                absent = "" if (self.out / self.half.best).exists() else self.half.best  # before the first scores
+                for name in dict.fromkeys(filter(None, (self.last, absent))):
+                    self.write(averaged, name)
             # Later ones are left from before a damaged one, or from before --resume: they do not count.
             before = [path for path in self.checkpoints() if _order(path) < _order(folder)]
             whole = [path for path in before if "-bridge-" not in path.name][: self.keep - (not between)]
@@ -265,7 +298,8 @@ class Run:
         if named:
             own = named.resolve().parent == (self.out / "checkpoints").resolve()
             folders = [named] if own else [*folders, named]
-        finished = steps is not None and any(line["step"] >= steps for line in read_log(self.out))
+        log = read_log(self.out, self.half.log)
+        finished = steps is not None and any(line["step"] >= steps for line in log)
         whole = finished and self._is_whole(steps)
         for folder in folders:
             try:
@@ -316,11 +350,15 @@ class Run:
         return state
 
     def _is_whole(self, step: int | None) -> bool:
-        """Tell whether `student/` is a student of student update `step`."""
+        """Tell whether the models are there, the last one that of `step`."""
         try:
-            return bool(load_student(str(self.out / "student")).config["training"]["step"] == step)
+            steps = [self._load(folder).config["training"]["step"] for folder in (self.half.best, self.last) if folder]
         except (IbmdError, KeyError, TypeError):
             return False
+        return not self.last or bool(steps[-1] == step)
+
+    def _load(self, folder: str) -> Model:
+        return load_folder(self.out / folder, str(self.out / folder), type(self.model))  # type: ignore[type-var]
 
     def holds(self, folder: Path | None = None) -> str:
         """Say which checkpoint there is, before the one in `folder`."""
@@ -333,38 +371,42 @@ class Run:
         try:
             yield
         except Diverged as error:
-            mend = "lower --lr and --bridge-lr, or use --precision fp32, with another --out"
+            mend = f"lower {self.half.rates}, or use --precision fp32, with another --out"
             if newest := self.checkpoints()[:1]:
                 mend += f"; --resume {newest[0]} starts it from the last good checkpoint"
             raise IbmdError(f"{error}; {mend}") from error
 
-    def _save_student(self, student: StudentModel) -> None:
-        folder = self.out / "student"
-        needed = sum(v.nbytes for v in student.predictor.state_dict().values())
-        with writing(folder, needed, self.holds()):
-            save_model(student, folder, card=student_card(student))
+    def write(self, model: Model, name: str) -> None:
+        """Write a model to a folder of the run, whole or not at all."""
+        needed = sum(v.nbytes for v in model.predictor.state_dict().values())
+        card = student_card(model) if isinstance(model, StudentModel) else teacher_card(model)
+        with writing(self.out / name, needed, self.holds()):
+            save_model(model, self.out / name, card=card)
 
-    def mend_student(self, step: int, reporter: Reporter) -> None:
-        """Write `student/` again, and say so, unless it holds the averaged weights of `step`."""
-        want, folder = self._averaged(step), self.out / "student"
+    def mend(self, step: int, reporter: Reporter) -> None:
+        """Write a model's folder again, and say so, if it is damaged, or the last model is not that of `step`."""
+        want = self.averaged(step)
         if not self.writes or self.left_alone:
             return
-        try:
-            have = load_student(str(folder))
-            sound = _content(have) == _content(want) and _equal(have, want)
-        except (IbmdError, KeyError, TypeError):
-            sound = False
-        if not sound:
-            reporter.warn(f"{folder}: absent, damaged, or not of step {step}; written again from the checkpoint")
-            self._save_student(want)
+        for name in dict.fromkeys(filter(None, (self.last, self.half.best))):
+            try:
+                have = self._load(name)
+                sound = name != self.last or (_content(have) == _content(want) and _equal(have, want))
+            except (IbmdError, KeyError, TypeError):
+                sound = False
+            if not sound:
+                reporter.warn(
+                    f"{self.out / name}: absent, damaged, or not of step {step}; written again from the checkpoint"
+                )
+                self.write(want, name)
 
-    def _averaged(self, step: int) -> StudentModel:
-        """Return the student with the averaged weights."""
-        training = {**self.student.config["training"], "step": step}
-        if 0 < step <= self.players["student"].skipped:
+    def averaged(self, step: int, decay: float | None = None) -> Model:
+        """Return the model with weights averaged by a decay, or by the first."""
+        player = self.players[self.half.player]
+        training = {**self.model.config["training"], "step": step}
+        if 0 < step <= player.skipped:
             training["untrained"] = True  # all updates were skipped
-        predictor = self.players["student"].averaged()
-        return StudentModel(predictor, {**self.student.config, "training": training})  # type: ignore[arg-type]
+        return type(self.model)(player.averaged(decay), {**self.model.config, "training": training})  # type: ignore[arg-type]
 
 
 def _order(checkpoint: Path) -> tuple[int, ...]:
@@ -372,9 +414,9 @@ def _order(checkpoint: Path) -> tuple[int, ...]:
     return tuple(int(word) for word in checkpoint.name.split("-") if word.isdecimal())
 
 
-def _content(student: Model) -> dict[str, Any]:
+def _content(model: Model) -> dict[str, Any]:
     """Return the configuration as in its file, but without the settings that a resumed run may have otherwise."""
-    return dict(json.loads(json.dumps({**student.config, "training": student.config["training"]["step"]})))
+    return dict(json.loads(json.dumps({**model.config, "training": model.config["training"]["step"]})))
 
 
 def _equal(one: Model, other: Model) -> bool:

@@ -54,7 +54,20 @@ def test_help_of_distill_is_short():
 @pytest.mark.parametrize(
     ("command", "titles"),
     [
-        ("distill", ["Teacher", "Data", "Student", "Training", "Memory and speed", "Run folder", "Research", "Run"]),
+        (
+            "distill",
+            [
+                "Teacher",
+                "Data",
+                "New teacher",
+                "Student",
+                "Training",
+                "Memory and speed",
+                "Run folder",
+                "Research",
+                "Run",
+            ],
+        ),
         ("sample", ["Inputs", "Outputs", "Model", "Size and transparency", "Run"]),
         ("eval", ["Models", "Data", "Metrics", "Run"]),
         ("export", ["File", "Hub", "Run"]),

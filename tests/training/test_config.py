@@ -20,7 +20,7 @@ def test_precedence_and_origins(tmp_path: Path):
     assert (config.lr, origins["lr"]) == (2e-4, "environment")
     assert (config.seed, origins["seed"]) == (5, f"config {file}")
     assert (config.noise_grid, origins["noise_grid"]) == (1, "preset")
-    assert (config.ema, origins["ema"]) == (0.99, "default")
+    assert (config.ema, origins["ema"]) == ((0.99,), "default")
     assert config.betas == (0.1, 0.2)
 
 
@@ -28,7 +28,7 @@ def test_preset_belongs_to_its_teacher():
     config, origins = resolve(DistillConfig, {"teacher": "some/folder"}, {}, None)
     assert set(origins.values()) == {"flag", "default"}
     # Table 7 of the paper: batch 256, EMA 0.99, L = 5; uniform t and per-pixel z
-    assert (config.batch_size, config.ema, config.bridge_steps) == (256, 0.99, 5)
+    assert (config.batch_size, config.ema, config.bridge_steps) == (256, (0.99,), 5)
     assert (config.t_power, config.noise_grid, config.bridge_warmup) == (1.0, 0, 0)
 
 
@@ -41,9 +41,10 @@ DATA_SETS = {
 def test_presets_are_valid_settings():
     for teacher, values in load_presets().items():
         kind, _, name = teacher.partition(":")
-        config, _ = resolve(DistillConfig, {"teacher": teacher}, {}, None)
+        given = {"teacher": teacher} | ({"data": ("new",)} if teacher == "new" else {})
+        config, _ = resolve(DistillConfig, given, {}, None)
         assert set(values) - {"by_nfe"} <= set(DistillConfig.__annotations__)
-        assert config.data == ((teacher,) if kind == "builtin" else (f"dataset:{DATA_SETS[name]}",)), teacher
+        assert config.data == ((teacher,) if kind in ("builtin", "new") else (f"dataset:{DATA_SETS[name]}",)), teacher
         if kind == "hub":
             assert config.degrade in ("", published()[name]["degradation"])
 
@@ -79,7 +80,7 @@ def test_presets_are_the_rows_of_the_paper(row: tuple):
     for teacher in ({"teacher": f"hub:{alias}"}, {"teacher": "files/x.pt", "preset": alias}):
         config, _ = resolve(DistillConfig, {**teacher, **flags}, {}, None)
         assert (config.nfe, config.bridge_steps, config.steps, config.noise) == (nfe, bridge_steps, steps, noise)
-        assert (config.lr, config.bridge_lr, config.batch_size, config.ema) == (lr, lr, 256, 0.99)
+        assert (config.lr, config.bridge_lr, config.batch_size, config.ema) == (lr, lr, 256, (0.99,))
         assert (config.noise_channels, config.noise_grid, config.t_power, config.weight_power) == (3, 0, 1.0, 2.0)
 
 
@@ -91,7 +92,7 @@ def test_presets_are_the_rows_of_the_paper(row: tuple):
         ({"lr": float("inf")}, "--lr inf: expected a number above 0"),
         ({"bridge_lr": "nan"}, "--bridge-lr nan: expected a number above 0"),
         ({"precision": "fp8"}, "--precision fp8: expected fp32, bf16 or fp16"),
-        ({"ema": 1.0}, "--ema 1.0: expected a number of at least 0 and below 1"),
+        ({"ema": 1.0}, "--ema 1.0: expected numbers of at least 0 and below 1"),
         ({"micro_batch": "most"}, "--micro-batch most: expected a whole number of at least 0 or auto"),
     ],
 )

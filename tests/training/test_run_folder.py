@@ -62,7 +62,7 @@ def whole(arguments: list[object], cache: Path, tmp_path: Path) -> Path:
 
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 3] ^= 1  # of a student's config.json, before the settings, which may differ
     file.write_bytes(content)
 
 
@@ -657,7 +657,7 @@ def compute(rng, backward):
     return loss.detach()
 player.update(0, compute)
 moments = [v for state in player.optimizer.state_dict()["state"].values() for v in state.values() if v.ndim]
-kinds = [player.network.parameters(), player.average.module.parameters(), moments]
+kinds = [player.network.parameters(), player.averages[0.9].module.parameters(), moments]
 shares = [sum(part(x).numel() for x in tensors) / numbers for tensors in kinds]
 Path(sys.argv[1], f"result-{accelerator.process_index}").write_text(json.dumps(shares))
 """
