@@ -324,7 +324,7 @@ def evaluate(name: str, args: argparse.Namespace) -> None:
         for model in ("teacher1", "teacher10"):
             difference = terms["student"][measure] - terms[model][measure]
             result[measure][f"student − {model}"] = estimate(difference)
-    log = [json.loads(line) for line in (args.out / name / "scores.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (args.out / name / "metrics.jsonl").read_text().splitlines()]
     result["steps"] = log[-1]["step"]
     picks = torch.linspace(0, len(rows) - 1, SHOWN + 2)[1:-1].round().long()
     shown = [to_uint8(source.x_T), *(samples[model][0] for model in models), truth]
