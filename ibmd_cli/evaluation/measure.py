@@ -52,23 +52,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Measurement:
-    """How samples are drawn and compared.
+    """How samples are drawn and compared."""
 
-    Attributes:
-        metrics: keys of `METRICS`.
-        seed: of all noise.
-        seeds: S, how many times all samples are drawn, with successive seeds.
-        pool: of the energy score.
-        truncate: whether samples become bytes by truncation, as in published evaluations, or are rounded.
-        enlarge: side to which images lower than 256 pixels are enlarged before pixels are compared; None: not.
-    """
-
-    metrics: tuple[str, ...]
-    seed: int = 0
-    seeds: int = 1
-    pool: int = 4
-    truncate: bool = False
-    enlarge: int | None = None
+    metrics: tuple[str, ...]  # keys of `METRICS`
+    seed: int = 0  # of all noise
+    seeds: int = 1  # S, how many times all samples are drawn, with successive seeds
+    pool: int = 4  # of the energy score
+    truncate: bool = False  # samples become bytes by truncation, as in published evaluations, or are rounded
+    enlarge: int | None = None  # side to which images lower than 256 pixels are enlarged before pixels are compared
 
     def translate(self, entry: Entry, batch: Batch, device: torch.device, number: int, draw: int) -> Tensor:
         """Draw sample `draw` of each source with seed `number`, both from 0; uint8 (B, 3, H, W) on the CPU.

@@ -23,29 +23,22 @@ from ibmd_cli.metrics.scores import METRICS
 GRID_COLUMNS = 12
 EXTREMES = 6
 """Best, and worst, images."""
-AT_ONCE = 16
+BATCH = 16
 PREFERRED = ("lpips_vgg", "lpips_alex", "stlpips_alex", "efflite0_distance", "energy_score", "ssim", "psnr", "mse")
 """Paired scores, by the first of which images are best or worst."""
 
 
 class Chosen(NamedTuple):
-    """Images to be shown.
+    """Images to be shown: numbers of their pairs."""
 
-    Attributes:
-        by: the paired score by which images are best or worst, or None.
-        numbers: why → numbers of the pairs: "even", "best", "worst".
-    """
-
-    by: str | None
-    numbers: dict[str, list[int]]
+    by: str | None  # the paired score by which images are best or worst
+    numbers: dict[str, list[int]]  # "even", "best" and "worst"
 
 
 def choose(terms: Mapping[str, Tensor], count: int) -> Chosen:
-    """Choose evenly spaced images, and those that are best and worst in the first row of the results.
+    """Choose of N = `count` images evenly spaced ones, and those that are best and worst in the first row of results.
 
-    Args:
-        terms: score of each image, `ROW.METRIC` → (N,).
-        count: N.
+    The scores are `terms`, `ROW.METRIC` → (N,).
     """
     even = torch.linspace(0, count - 1, min(count, GRID_COLUMNS)).round().long().tolist()
     by = next((name for name in PREFERRED if f"0.{name}" in terms), None)
@@ -77,7 +70,7 @@ def write(
     in_grid = [*teachers[:1], *teachers[1:][-1:], *students]  # the teacher at fewest and most calls, then the students
     files: dict[int, dict[str, Any]] = {}
     grid: dict[str, list[Tensor]] = {}
-    for some in (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)):
+    for some in (rows[i : i + BATCH] for i in range(0, len(rows), BATCH)):
         batch = pairs.read(some)
         most = max(entry.samples for entry in entries) if set(some) & set(even) else 1
         drawn = [
@@ -89,17 +82,17 @@ def write(
             draws = [[images[i] for images in (each if row in even else each[:1])] for each in drawn]
             files[row] = _save(out, f"{len(files):03d}", source[i], batch.truth[i], draws)
             if row in even:
-                shown = {f"{entries[k].label}, {entries[k].nfe} NFE": draws[k][0] for k in in_grid}
-                for label, image in {"source": source[i], **shown, "truth": batch.truth[i]}.items():
+                models = {f"{entries[k].label}, {entries[k].nfe} NFE": draws[k][0] for k in in_grid}
+                for label, image in {"source": source[i], **models, "truth": batch.truth[i]}.items():
                     grid.setdefault(label, []).append(image)
     with atomic_file(out / "grid.png") as new:
         labelled_grid({label: torch.stack(images) for label, images in grid.items()}).save(new, format="png")
-    entry_of = {
-        row: {"name": printable(pairs.names[row]), "score": float(terms[f"0.{chosen.by}"][row]) if chosen.by else None}
-        for row in rows
-    }
-    shown_rows = [(why, row) for why, found in chosen.numbers.items() for row in found]
-    return {"shown_by": chosen.by, "shown": [{**entry_of[row], "why": why, **files[row]} for why, row in shown_rows]}
+    shown = []
+    for why, numbers in chosen.numbers.items():
+        for row in numbers:
+            score = float(terms[f"0.{chosen.by}"][row]) if chosen.by else None
+            shown.append({"name": printable(pairs.names[row]), "score": score, "why": why, **files[row]})
+    return {"shown_by": chosen.by, "shown": shown}
 
 
 def _save(out: Path, name: str, source: Tensor, truth: Tensor, draws: list[list[Tensor]]) -> dict[str, Any]:
