@@ -70,9 +70,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
     if process.count > 1 and config.out is None:
         raise UsageError("--processes: several processes need --out FOLDER, where they put what they measure")
     if config.out is not None and process.rank == 0:
-        data = Path(config.data or BUILTIN)
-        sides = [data / "source", data / "target"] if (data / "source").is_dir() else [data]
-        _check_out(config.out, [*sides, config.reference] if config.reference else sides)
+        _check_out(config.out, config)
     protocol = find_protocol(config.protocol)
     check_given(config.weights)
     device = resolve_device(config.device)
@@ -111,8 +109,8 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         all_gather(None)  # all parts are there
         if process.rank > 0:
             return {}
-        settings = {
-            **{name: to_json(config)[name] for name in ("data", "samples", "seed", "seeds", "protocol", "reference")},
+        known = to_json(config)
+        settings = {name: known[name] for name in ("data", "samples", "seed", "seeds", "protocol", "reference")} | {
             "images": len(pairs.names),
             "size": [entries[0].model.image_size] * 2,
             "degrade": pairs.degradation or None,
@@ -126,8 +124,7 @@ def evaluate(config: EvalConfig, reporter: Reporter) -> dict[str, Any]:
         results, terms = summarise(entries, pairs.names, measurement, networks, parts, context, protocol, reference)
         results = _printable(results)
         if config.out is not None:
-            chosen = pictures.choose(terms, len(pairs.names))
-            results |= pictures.write(config.out, chosen, terms, entries, pairs, measurement, device)
+            results |= pictures.write(config.out, terms, entries, pairs, measurement, device)
             _write(config.out, results, pairs.names, terms)
             reporter.note(f"wrote {config.out / 'report.html'}, with results.json and pictures beside it")
         return results
@@ -334,8 +331,11 @@ def _check_metric(name: str, pairs: Pairs, size: int, samples: int) -> None:
 # ------------------------------------------------------------------------------------------------- parts, processes
 
 
-def _check_out(out: Path, images: Sequence[Path]) -> None:
-    """Refuse a folder with something else than a part of an evaluation, one of `images`, or that cannot be written."""
+def _check_out(out: Path, config: EvalConfig) -> None:
+    """Refuse a folder with something else than a part of an evaluation, among images, or that cannot be written."""
+    data = Path(config.data or BUILTIN)
+    images = [data / "source", data / "target"] if (data / "source").is_dir() else [data]
+    images += [config.reference] if config.reference else []
     folders = (out, *out.absolute().parents)
     if broken := [folder for folder in folders if os.path.islink(folder) and not os.path.exists(folder)]:
         raise IbmdError(f"--out {out}: {broken[0]} is a link to nothing; give another --out")

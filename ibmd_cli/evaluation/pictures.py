@@ -51,7 +51,6 @@ def choose(terms: Mapping[str, Tensor], count: int) -> Chosen:
 
 def write(
     out: Path,
-    chosen: Chosen,
     terms: Mapping[str, Tensor],
     entries: Sequence[Entry],
     pairs: Pairs,
@@ -63,6 +62,7 @@ def write(
     Returns:
         `shown_by` and `shown` of the results: each image with its files.
     """
+    chosen = choose(terms, len(pairs.names))
     even = chosen.numbers["even"]
     rows = [*even, *sorted({row for rows in chosen.numbers.values() for row in rows} - set(even))]
     teachers = [k for k, entry in enumerate(entries) if entry.kind == "teacher"]
