@@ -25,14 +25,8 @@ def drawing(side: int = 256, gap: float = 0, width: int = 4) -> np.ndarray:
     return ink
 
 
-PLACES = {
-    "paper": (10, 10),
-    "wall": (180, 80),
-    "roof": (80, 130),
-    "door": (200, 133),
-    "left": (142, 90),
-    "right": (142, 175),
-}
+PLACES = ((10, 10), (180, 80), (80, 130), (200, 133), (142, 90), (142, 175))
+"""A row and a column in the paper, wall, roof, door, left and right window."""
 
 
 def at_places(labels: np.ndarray) -> list[int]:
