@@ -20,7 +20,8 @@ from train_teacher import TASKS, Pairs
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
-from ibmd_cli.metrics.scores import diversity, energy_score, estimate
+from ibmd_cli.metrics.intervals import estimate
+from ibmd_cli.metrics.scores import diversity, energy_score
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.model import StudentModel, TeacherModel
 

@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Student": "ibmd_cli.sampling.student",
-    "load_teacher": "ibmd_cli.models.teachers",
+    "load_teacher": "ibmd_cli.models.references",
     "sample_teacher": "ibmd_cli.models.samplers",
 }
 

@@ -19,12 +19,12 @@ from ibmd_cli.data.degradations import DEGRADATIONS, Degradation
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.export.config import FORMATS, ExportConfig, Format
 from ibmd_cli.export.exporter import Exporter
-from ibmd_cli.export.program import Unrolled
+from ibmd_cli.export.torch_export import Unrolled
 from ibmd_cli.method.bridges import BRIDGES, VEBridge, make_bridge
 from ibmd_cli.metrics.scores import METRICS, Metric
 from ibmd_cli.models.folder import load_student, save_model
 from ibmd_cli.models.model import TeacherModel
-from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.models.references import load_teacher
 from ibmd_cli.networks.predictor import make_predictor
 
 

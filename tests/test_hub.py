@@ -20,7 +20,7 @@ from ibmd_cli.data.degradations import DEGRADATIONS
 from ibmd_cli.errors import NotAvailable, UsageError
 from ibmd_cli.hub import cache_folder, parse_hf
 from ibmd_cli.method.bridges import make_bridge
-from ibmd_cli.models.catalogue import find_published, published
+from ibmd_cli.models.published_teachers import find_published, published
 from ibmd_cli.models.samplers import SAMPLERS
 from ibmd_cli.models.upload import repository
 
@@ -31,7 +31,7 @@ import sys
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.hub import download, snapshot
 from ibmd_cli.models.upload import push
-from ibmd_cli.models.catalogue import locate
+from ibmd_cli.models.published_teachers import locate
 
 def tell(function, *arguments, **options):
     try:

@@ -148,7 +148,7 @@ def measure(way: Way, case: str, batch: int, bridge_steps: int, device: str, thr
     from ibmd_cli.method.distillation import Iterations, Setup, Sources, generate, ibmd
     from ibmd_cli.method.noise import Streams, randn
     from ibmd_cli.training.optimise import Player, Schedule
-    from ibmd_cli.training.reuse import SharedImages
+    from ibmd_cli.training.shared_images import SharedImages
 
     torch.set_num_threads(threads)
     if way.keep_freed:  # by glibc's mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1)

@@ -23,7 +23,7 @@ import ibmd_cli.data.sources
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.method.noise import stream
-from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.models.references import load_teacher
 from ibmd_cli.reporting import Reporter
 
 

@@ -27,7 +27,7 @@ from ibmd_cli.method.noise import stream
 from ibmd_cli.metrics.scores import energy_score
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.model import StudentModel
-from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.models.references import load_teacher
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import DistillConfig, changed_settings, load_presets
 from ibmd_cli.training.loop import distill

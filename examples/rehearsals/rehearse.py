@@ -36,12 +36,12 @@ from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.images.grids import labelled_grid
 from ibmd_cli.method.distillation import Setup, Sources, bridge_loss
 from ibmd_cli.method.noise import stream
-from ibmd_cli.metrics import scores
+from ibmd_cli.metrics import intervals, scores
 from ibmd_cli.metrics.distances import kid_terms
 from ibmd_cli.metrics.features import EffLite0
-from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import FORMAT_VERSION, load_model, save_model
 from ibmd_cli.models.model import StudentModel, TeacherModel
+from ibmd_cli.models.published_teachers import published
 from ibmd_cli.networks.predictor import Predictor, make_predictor
 
 SIZE = 32
@@ -314,8 +314,8 @@ def evaluate(name: str, args: argparse.Namespace) -> None:
 
     def estimate(terms: Tensor) -> dict[str, Any]:
         """Estimate a mean over photos: the squares of one photo are not independent."""
-        each = scores.pseudo_values(terms) if terms.ndim == 2 else terms
-        return scores.estimate(each.unflatten(0, (-1, args.per_photo)).mean(1))._asdict()
+        each = intervals.pseudo_values(terms) if terms.ndim == 2 else terms
+        return intervals.estimate(each.unflatten(0, (-1, args.per_photo)).mean(1))._asdict()
 
     terms = {model: score(x, truth, hole=source.mask is not None) for model, x in samples.items()}
     result: dict[str, Any] = {"row": name, "nfe": row.nfe, "photos": len(names), "squares": len(rows)}

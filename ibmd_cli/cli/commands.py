@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from ibmd_cli import __version__
-from ibmd_cli.cli.show import print_json
+from ibmd_cli.cli.printing import print_json
 from ibmd_cli.errors import UsageError
 from ibmd_cli.settings import Record, Setting, check_variables, json_schema, nearest_flag, resolve, setting, settings
 

@@ -7,7 +7,7 @@ from shlex import quote
 import typer
 
 from ibmd_cli.cli.commands import Common, command, start_processes
-from ibmd_cli.cli.show import print_json, show_plan, show_teachers
+from ibmd_cli.cli.printing import print_json, show_plan, show_teachers
 from ibmd_cli.processes import this_process
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.settings import Record, setting
@@ -46,7 +46,7 @@ def distill(config: DistillConfig, run: DistillRun, common: Common, origins: dic
     """
     reporter = Reporter(common.quiet)
     if run.list_teachers:
-        from ibmd_cli.models.teachers import list_teachers
+        from ibmd_cli.models.references import list_teachers
 
         return show_teachers(list_teachers(), common.as_json)
     if origins["preset"] == CONTENTS:

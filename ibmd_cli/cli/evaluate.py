@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ibmd_cli.cli.commands import Common, command, start_processes
-from ibmd_cli.cli.show import print_json, show
+from ibmd_cli.cli.printing import print_json, show
 from ibmd_cli.evaluation.config import EvalConfig
 from ibmd_cli.processes import this_process
 from ibmd_cli.reporting import Reporter

@@ -3,7 +3,7 @@
 import typer
 
 from ibmd_cli.cli.commands import Common, command
-from ibmd_cli.cli.show import print_json, show_exports
+from ibmd_cli.cli.printing import print_json, show_exports
 from ibmd_cli.export.config import ExportConfig
 from ibmd_cli.reporting import Reporter
 

@@ -40,7 +40,7 @@ from ibmd_cli.metrics.features import Network, load_network
 from ibmd_cli.metrics.scores import DEFAULT, METRICS
 from ibmd_cli.metrics.weights import check_given, locate
 from ibmd_cli.models.folder import load_student
-from ibmd_cli.models.teachers import TeacherRef, load_teacher
+from ibmd_cli.models.references import TeacherRef, load_teacher
 from ibmd_cli.processes import connect, this_process
 from ibmd_cli.reporting import Reporter, counted
 from ibmd_cli.settings import settings, to_json

@@ -17,7 +17,8 @@ from ibmd_cli.evaluation.protocols import Protocol
 from ibmd_cli.method.noise import stream
 from ibmd_cli.metrics.distances import Moments, frechet, frechet_terms, inception_score, kid_blocks, kid_floor, moments
 from ibmd_cli.metrics.features import Network
-from ibmd_cli.metrics.scores import FEWEST, HALVINGS, KID_IMAGES, METRICS, Estimate, estimate
+from ibmd_cli.metrics.intervals import FEWEST, HALVINGS, Estimate, estimate
+from ibmd_cli.metrics.scores import KID_IMAGES, METRICS
 from ibmd_cli.reporting import counted
 
 SHOWN = ("label", "unit", "scale", "digits", "direction", "paired")

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ibmd_cli.metrics.scores import FEWEST
+from ibmd_cli.metrics.intervals import FEWEST
 from ibmd_cli.reporting import counted, rounded
 
 ARROWS = {"low": "↓", "high": "↑", "": ""}

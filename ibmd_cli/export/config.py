@@ -49,7 +49,7 @@ def _write_safetensors(exporter: Any, config: "ExportConfig", file: Path, say: S
 
 
 def _write_program(exporter: Any, config: "ExportConfig", file: Path, say: Say) -> None:
-    from ibmd_cli.export.program import export_program
+    from ibmd_cli.export.torch_export import export_program
 
     export_program(exporter.student, file, config.dtype, config.noise_inside, say)
 

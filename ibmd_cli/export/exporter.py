@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibmd_cli.claims import Claims
 from ibmd_cli.data.degradations import fill_hole
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.export.config import FORMATS, ExportConfig
-from ibmd_cli.export.load import open_exported
-from ibmd_cli.export.program import Unrolled
+from ibmd_cli.export.exported import open_exported
+from ibmd_cli.export.torch_export import Unrolled
 from ibmd_cli.files import atomic_file
+from ibmd_cli.locks import Claims
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.interface import noise_shapes

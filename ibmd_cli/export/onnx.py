@@ -26,7 +26,7 @@ import torch
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.export.exported import INPUTS, METADATA, sealed
-from ibmd_cli.export.program import Say, trace
+from ibmd_cli.export.torch_export import Say, trace
 from ibmd_cli.models.interface import describe_student, describe_tensors, noise_shapes
 from ibmd_cli.models.model import StudentModel
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ibmd_cli.method.bridges import Bridge, expand_to
+from ibmd_cli.method.log_times import LogTimes
 from ibmd_cli.method.noise import Streams, common_integer, evenly_spaced, noise_like, randn, uniform
-from ibmd_cli.method.times import LogTimes
 
 Denoiser = Callable[..., Tensor]
 """x̂_0(x_t, t, x_T[, z][, label]) → (B, C, H, W): a `Predictor`, or anything that computes one."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ibmd_cli.method.noise import stream
-from ibmd_cli.metrics.scores import IS_SPLIT, KID_IMAGES, Estimate, interval, pseudo_values
+from ibmd_cli.metrics.intervals import Estimate, interval, pseudo_values
+from ibmd_cli.metrics.scores import IS_SPLIT, KID_IMAGES
 
 PIECE = 4096
 """Features that are turned into float64 at a time."""

@@ -13,10 +13,10 @@ from typing import Any
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import read_json
 from ibmd_cli.hub import parse_hf
-from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.interface import describe_tensors, sample_script
 from ibmd_cli.models.model import Model, StudentModel
+from ibmd_cli.models.published_teachers import published
 from ibmd_cli.models.upload import push, repository
 from ibmd_cli.reporting import counted, rounded
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ibmd_cli.errors import UsageError
 from ibmd_cli.method.bridges import Bridge, I2SBBridge, float64_device
+from ibmd_cli.method.log_times import LogTimes
 from ibmd_cli.method.noise import Noise, noise_draws
-from ibmd_cli.method.times import LogTimes
 
 Denoise = Callable[[Tensor, float, Tensor], Tensor]
 """denoise(x_t, t, x_T) → x̂_0: one call of the teacher at one time, in and out in the dtype of the state."""

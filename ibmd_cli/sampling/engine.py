@@ -12,7 +12,7 @@ from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
 from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.model import StudentModel, TeacherModel
-from ibmd_cli.models.teachers import TeacherRef, load_teacher
+from ibmd_cli.models.references import TeacherRef, load_teacher
 from ibmd_cli.processes import this_process
 
 

@@ -22,19 +22,19 @@ from typing import Any, TypeVar, cast
 from PIL import Image
 
 from ibmd_cli import __version__
-from ibmd_cli.claims import Claims
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.export.load import is_exported, load_exported
+from ibmd_cli.export.exported import is_exported, load_exported
 from ibmd_cli.files import FULL, is_stream, why, write_file
 from ibmd_cli.images.decode import Budget, own_limits, shown
 from ibmd_cli.images.encode import encode
 from ibmd_cli.images.find import passed_over
 from ibmd_cli.images.grids import Sheet, thumbnail
+from ibmd_cli.locks import Claims
 from ibmd_cli.processes import AllGather, connect, this_process
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.sampling.config import STUDENT, SampleConfig
+from ibmd_cli.sampling.inputs import Inputs
 from ibmd_cli.sampling.plan import Job, by_input, make_plan, stands
-from ibmd_cli.sampling.read import Inputs
 from ibmd_cli.sampling.results import Appeared, DiskFull, Results, Stop
 from ibmd_cli.sampling.translator import Engine, Translator
 
@@ -227,7 +227,7 @@ def _load_model(config: SampleConfig, quiet: bool) -> Engine:
             raise UsageError(f"--nfe {config.nfe}: {shown(config.student)} holds {student.nfe}; leave --nfe out")
         return student
     # PyTorch takes seconds to import, and exported students do without it.
-    from ibmd_cli.models.teachers import TeacherRef
+    from ibmd_cli.models.references import TeacherRef
     from ibmd_cli.sampling.engine import load_engine
 
     return load_engine(

@@ -197,7 +197,7 @@ class DistillConfig(Record):
         given = ChainMap(*(dict(values) for _, values in layers))
         teacher, alias = given.get("teacher", cls.teacher), given.get("preset")
         if not alias and os.path.exists(teacher):
-            from ibmd_cli.models.teachers import recognise_file  # imports PyTorch
+            from ibmd_cli.models.references import recognise_file  # imports PyTorch
 
             if alias := recognise_file(teacher):
                 layers = [*layers, (CONTENTS, {"preset": alias})]

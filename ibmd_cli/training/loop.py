@@ -30,10 +30,10 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import read_json
 from ibmd_cli.method.distillation import Iterations, Sources, Step, generate, ibmd
 from ibmd_cli.method.noise import Streams
-from ibmd_cli.method.times import LogTimes
+from ibmd_cli.method.log_times import LogTimes
 from ibmd_cli.models.folder import refuse_models
 from ibmd_cli.models.model import StudentModel, TeacherModel, make_setup
-from ibmd_cli.models.teachers import TeacherRef, load_teacher
+from ibmd_cli.models.references import TeacherRef, load_teacher
 from ibmd_cli.networks.predictor import Predictor
 from ibmd_cli.processes import this_process
 from ibmd_cli.reporting import Reporter
@@ -45,10 +45,10 @@ from ibmd_cli.training.log import Watch, read_log
 from ibmd_cli.training.memory import fitting_micro_batch
 from ibmd_cli.training.new_student import new_student
 from ibmd_cli.training.optimise import Player, Schedule
-from ibmd_cli.training.page import run_page, write_page
 from ibmd_cli.training.preview import Preview
-from ibmd_cli.training.reuse import SharedImages
 from ibmd_cli.training.run_folder import RESUME, STUDENT, TEACHER, Position, Run, check_run, open_run, writing
+from ibmd_cli.training.run_page import run_page, write_page
+from ibmd_cli.training.shared_images import SharedImages
 from ibmd_cli.training.signals import interrupts
 from ibmd_cli.training.teacher import Teaching, describe_teacher, new_teacher
 

@@ -18,7 +18,7 @@ from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_
 from ibmd_cli.method.noise import BatchStreams
 from ibmd_cli.models.folder import refuse_models
 from ibmd_cli.models.model import make_setup, student_times
-from ibmd_cli.models.teachers import TeacherRef, look_up_teacher
+from ibmd_cli.models.references import TeacherRef, look_up_teacher
 from ibmd_cli.networks.predictor import make_predictor
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import AUTO, DistillConfig, duration

@@ -30,7 +30,7 @@ from ibmd_cli.data.embedded import embedded_pairs, embedded_sources
 from ibmd_cli.data.preprocessing import LAYOUTS, Preprocessing, read_normals
 from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
-from ibmd_cli.models.catalogue import published
+from ibmd_cli.models.published_teachers import published
 from ibmd_cli.reporting import Reporter
 
 QUIET = Reporter(quiet=True)

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 import ibmd_cli.export.exporter
 import ibmd_cli.export.onnx
-import ibmd_cli.export.program
+import ibmd_cli.export.torch_export
 from ibmd_cli.cli import app
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.export.config import FORMATS, ExportConfig
+from ibmd_cli.export.exported import load_exported, open_exported
 from ibmd_cli.export.exporter import Exporter, Tolerance
-from ibmd_cli.export.load import load_exported, open_exported
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.interface import describe_student
 
@@ -118,7 +118,7 @@ def test_signal_leaves_no_file(tmp_path: Path, number: signal.Signals):
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 def test_damaged_weights_are_found(tmp_path: Path, format: str, monkeypatch):
     """A graph whose weights are not the student's: the gate runs the file, not the student."""
-    make, write = ibmd_cli.export.onnx.make_graph, ibmd_cli.export.program.torch.export.save
+    make, write = ibmd_cli.export.onnx.make_graph, ibmd_cli.export.torch_export.torch.export.save
 
     def make_damaged(*arguments):
         graph = make(*arguments)
@@ -132,7 +132,7 @@ def test_damaged_weights_are_found(tmp_path: Path, format: str, monkeypatch):
         write(program, *arguments, **options)
 
     monkeypatch.setattr(ibmd_cli.export.onnx, "make_graph", make_damaged)
-    monkeypatch.setattr(ibmd_cli.export.program.torch.export, "save", write_damaged)
+    monkeypatch.setattr(ibmd_cli.export.torch_export.torch.export, "save", write_damaged)
     with pytest.raises(IbmdError, match="differs from builtin:outline2emoji by up to .* nothing was written"):
         export("--format", format, "--output", tmp_path / f"student{FORMATS[format].suffix}")
     assert list(tmp_path.iterdir()) == []

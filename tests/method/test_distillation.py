@@ -34,8 +34,8 @@ from ibmd_cli.method.distillation import (
     translate,
     weighted_error,
 )
+from ibmd_cli.method.log_times import LogTimes
 from ibmd_cli.method.noise import BatchStreams, noise_like, stream
-from ibmd_cli.method.times import LogTimes
 from ibmd_cli.training.optimise import Player, Schedule
 
 VP = VPBridge(beta_d=3.0, beta_min=0.2)

@@ -23,16 +23,8 @@ from ibmd_cli.metrics.distances import (
     moments,
 )
 from ibmd_cli.metrics.features import EffLite0
-from ibmd_cli.metrics.scores import (
-    diversity,
-    energy_score,
-    estimate,
-    map_distance,
-    mse,
-    pseudo_values,
-    psnr,
-    ssim,
-)
+from ibmd_cli.metrics.intervals import estimate, pseudo_values
+from ibmd_cli.metrics.scores import diversity, energy_score, map_distance, mse, psnr, ssim
 from ibmd_cli.metrics.weights import FILES
 
 

@@ -16,10 +16,10 @@ from students import of_teacher
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import sha256
 from ibmd_cli.models.card import HUB_LICENCES, publish, published_files, read_results, student_card
-from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.model import StudentModel
-from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.models.published_teachers import published
+from ibmd_cli.models.references import load_teacher
 from ibmd_cli.training.config import DistillConfig
 from ibmd_cli.training.new_student import new_student
 
@@ -251,7 +251,7 @@ def test_a_student_goes_to_the_hub_and_back(drawings: Path, tmp_path: Path):
         assert run(sys.executable, "-m", "ibmd_cli", *command.split()[1:]) == "SOURCE.ibmd.png\n"
         python = card.split("```python\n")[1].split("```")[0]
         run(sys.executable, "-c", f"{python}\nresult.save('python.png')")
-    from ibmd_cli import StudentModel as Translator
+    from ibmd_cli import Student as Translator
 
     translate = Translator.from_pretrained(BUILTIN, device="cpu")
     with Image.open(source) as image:

@@ -18,7 +18,7 @@ from ibmd_cli.method.distillation import Sources, translate
 from ibmd_cli.method.noise import stream
 from ibmd_cli.models.folder import builtin_names, load_model, refuse_models, save_model
 from ibmd_cli.models.model import StudentModel, student_times
-from ibmd_cli.models.teachers import TeacherRef, load_teacher, look_up_teacher
+from ibmd_cli.models.references import TeacherRef, load_teacher, look_up_teacher
 
 
 def edit(folder: Path, **changes):
@@ -116,7 +116,7 @@ def test_damaged_teacher_is_named_when_loaded_and_when_planned(tiny_teacher: Pat
 def test_file_that_may_not_be_read_is_named_with_its_reason(tiny_teacher: Path, file: str):
     (tiny_teacher / file).chmod(0)
     script = (
-        "import os, sys; from ibmd_cli.models.teachers import *; import ibmd_cli.networks.unet\n"
+        "import os, sys; from ibmd_cli.models.references import *; import ibmd_cli.networks.unet\n"
         "if os.getuid() == 0: os.setuid(1000)\n"
         "try: look_up_teacher(TeacherRef(sys.argv[1]))\n"
         "except Exception as error: print(error)"

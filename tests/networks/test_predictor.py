@@ -12,8 +12,8 @@ from torch import nn
 
 from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge, expand_to
 from ibmd_cli.method.distillation import Setup, Sources, bridge_loss, draw_time
+from ibmd_cli.method.log_times import LogTimes
 from ibmd_cli.method.noise import stream
-from ibmd_cli.method.times import LogTimes
 from ibmd_cli.networks.predictor import Preconditioning, Predictor, make_predictor
 from ibmd_cli.networks.unet import AttentionBlock, UNet, UNetConfig, sinusoid
 

@@ -20,12 +20,12 @@ from hostile import write_corpus
 from PIL import Image
 
 from ibmd_cli import __version__
-from ibmd_cli.claims import Claims, _claim_file
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import UsageError
 from ibmd_cli.files import atomic_file, sha256
 from ibmd_cli.images.decode import read_picture
 from ibmd_cli.images.find import find_images
+from ibmd_cli.locks import Claims, _claim_file
 from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.folder import find_model, load_student, save_model
 from ibmd_cli.models.model import TeacherModel

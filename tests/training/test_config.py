@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ibmd_cli.errors import UsageError
-from ibmd_cli.models.catalogue import published
+from ibmd_cli.models.published_teachers import published
 from ibmd_cli.settings import resolve, to_json
 from ibmd_cli.training.config import DistillConfig, changed_settings, load_presets
 

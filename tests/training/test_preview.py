@@ -9,7 +9,7 @@ from PIL import Image
 
 from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.models.model import StudentModel, TeacherModel
-from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.models.references import load_teacher
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import DistillConfig
 from ibmd_cli.training.new_student import new_student

@@ -14,7 +14,7 @@ from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.images.fit import to_image
 from ibmd_cli.models.folder import load_student
-from ibmd_cli.models.teachers import load_teacher
+from ibmd_cli.models.references import load_teacher
 from ibmd_cli.training.config import DistillConfig, duration
 from ibmd_cli.training.teacher import describe_teacher, read_network
 

@@ -19,19 +19,23 @@ from typer.testing import CliRunner
 
 from ibmd_cli.cli import app
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
-from ibmd_cli.models import catalogue
+from ibmd_cli.models import published_teachers
+from ibmd_cli.models.convert import Checkpoint
 from ibmd_cli.models.folder import load_model, load_student
-from ibmd_cli.models.published import Checkpoint
-from ibmd_cli.models.teachers import list_teachers, load_teacher, recognise
+from ibmd_cli.models.references import list_teachers, load_teacher, recognise
 from ibmd_cli.networks.unet import UNet, UNetConfig
 from ibmd_cli.sampling.config import SampleConfig
-from ibmd_cli.sampling.pipeline import _load
+from ibmd_cli.sampling.pipeline import _load_model
 
 PUBLISHED = {  # alias: family of the parity set, container, options
     "ddbm-edges2handbags": ("ddbm_vp", published.ddbm, None),
     "dbim-imagenet-inpaint-center": ("dbim_inpaint", published.dbim, None),
     "i2sb-jpeg-10": ("i2sb_sde03", published.i2sb, {}),
-    "i2sb-blur-uni": ("i2sb_otode10", published.i2sb, {"beta_max": 1.0, "ot_ode": True, "corrupt": "blur-uni"}),
+    "i2sb-blur-uni": (
+        "i2sb_otode10",
+        published.i2sb,
+        {"beta_max": 1.0, "ot_ode": True, "corrupt": "blur-uni"},
+    ),
 }
 
 
@@ -58,7 +62,7 @@ def test_published_file_is_converted_once_and_computes_as_published(tmp_path: Pa
     path = write(tmp_path / "files", alias)
     teacher = load_teacher(str(path), preset=alias)
     assert teacher.name == alias
-    row = catalogue.published()[alias]
+    row = published_teachers.published()[alias]
     assert teacher.bridge.to_dict().items() >= row["bridge"].items()
     assert (teacher.image_size, teacher.config["licence"]) == (row["image_size"], row["licence"])
     assert teacher.config["source"]["reference"] == str(path)
@@ -75,10 +79,10 @@ def test_published_file_is_converted_once_and_computes_as_published(tmp_path: Pa
     assert [f.stat().st_mtime_ns for f in cache.glob("*/model.safetensors")] == [before]
 
 
-@pytest.mark.parametrize("alias", catalogue.published())
+@pytest.mark.parametrize("alias", published_teachers.published())
 def test_full_size_checkpoints_are_recognised_and_others_are_not(alias: str):
     """By network, classes and I2SB's options; so no other file gets the name and licence of a published one."""
-    row = catalogue.published()[alias]
+    row = published_teachers.published()[alias]
     network = UNetConfig(6 if row["conditional"] else 3, num_classes=row["classes"], **row["network"])
     with torch.device("meta"):
         full, other = (UNet(config).state_dict() for config in (network, replace(network, num_res_blocks=1)))
@@ -145,7 +149,7 @@ def test_attention_order_can_be_given(tmp_path: Path):
     other = load_teacher(str(path), attention_order="legacy")
     assert other.config["network"]["attention_order"] == "legacy"
     config = SampleConfig(inputs=("a.png",), teacher=str(path), head_channels=16, attention_order="legacy")
-    network = _load(config, quiet=True).config["network"]
+    network = _load_model(config, quiet=True).config["network"]
     assert (network["head_channels"], network["attention_order"]) == (16, "legacy")
 
 
@@ -243,7 +247,7 @@ def test_every_known_teacher_is_listed():
     rows = list_teachers()
     names = [row["teacher"] for row in rows]
     assert names[:2] == ["builtin:emoji-sr4x", "builtin:outline2emoji"]
-    assert names[2:] == [f"hub:{alias}" for alias in catalogue.published()]
+    assert names[2:] == [f"hub:{alias}" for alias in published_teachers.published()]
     assert len({tuple(row) for row in rows}) == 1
     shown = CliRunner().invoke(app, ["distill", "--list-teachers", "--json"])
     assert json.loads(shown.stdout)["teachers"] == rows
@@ -291,7 +295,7 @@ def test_teacher_on_the_hub_is_fetched_converted_and_listed_by_the_command(tmp_p
             **os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
         }  # fmt: skip
         code = (
-            "from ibmd_cli.models.teachers import load_teacher; t = load_teacher('hub:ddbm-edges2handbags'); "
+            "from ibmd_cli.models.references import load_teacher; t = load_teacher('hub:ddbm-edges2handbags'); "
             "print(t.name, t.config['source']['reference'], t.config['source']['bytes'])"
         )
         for offline in ("0", "1"):  # the second time from the cache
@@ -312,7 +316,7 @@ def test_a_run_is_planned_without_fetching_converting_or_writing(tmp_path: Path,
         assert shown.exit_code == 0, shown.output
         return json.loads(shown.stdout)
 
-    row = catalogue.published()["ddbm-edges2handbags"]
+    row = published_teachers.published()["ddbm-edges2handbags"]
     told = plan("--teacher", "hub:ddbm-edges2handbags", "--nfe", "2")
     assert told["plan"]["parameters of the teacher"] == row["parameters"]
     assert told["plan"]["parameters of the student"] == row["parameters"] + 3 * 9 * 192  # z: 3 channels more
@@ -328,9 +332,9 @@ def test_a_run_is_planned_without_fetching_converting_or_writing(tmp_path: Path,
     assert {f.name for f in tmp_path.iterdir()} == {"files"}
 
 
-@pytest.mark.parametrize("alias", catalogue.published())
+@pytest.mark.parametrize("alias", published_teachers.published())
 def test_the_table_describes_the_published_networks(alias: str):
-    row = catalogue.published()[alias]
+    row = published_teachers.published()[alias]
     network = {"in_channels": 6 if row["conditional"] else 3, "num_classes": row["classes"], **row["network"]}
     with torch.device("meta"):
         count = sum(p.numel() for p in UNet(UNetConfig(**network)).parameters())

@@ -7,8 +7,8 @@ import torch
 
 from ibmd_cli.method.bridges import DBIMBridge, I2SBBridge, VEBridge, VPBridge
 from ibmd_cli.method.distillation import Setup, draw_time
+from ibmd_cli.method.log_times import LogTimes
 from ibmd_cli.method.noise import stream
-from ibmd_cli.method.times import LogTimes
 
 CONTINUOUS = [VPBridge(), VPBridge(beta_d=8.0), VPBridge(beta_d=0.0, beta_min=0.5), VEBridge(), VEBridge(T=2.0)]
 TABLES = [I2SBBridge(beta_max=0.3), I2SBBridge(beta_max=1.0, n_steps=20), DBIMBridge()]

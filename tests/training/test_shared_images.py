@@ -7,7 +7,7 @@ import torch
 
 from ibmd_cli.method.distillation import Iterations, Pair, Sources
 from ibmd_cli.method.noise import randn, stream
-from ibmd_cli.training.reuse import SharedImages
+from ibmd_cli.training.shared_images import SharedImages
 
 
 class Streams:

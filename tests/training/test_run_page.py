@@ -12,7 +12,7 @@ from PIL import Image
 
 from ibmd_cli.errors import UsageError
 from ibmd_cli.training.log import WINDOW
-from ibmd_cli.training.page import PREVIEWS, WIDEST, write_page
+from ibmd_cli.training.run_page import PREVIEWS, WIDEST, write_page
 
 CHARTS = 5  # the lag is seen after 50 steps only
 

@@ -14,8 +14,8 @@ from ibmd_cli import hub
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import IbmdError, UsageError, nearest
 from ibmd_cli.files import read_json
-from ibmd_cli.models import FORMAT_VERSION, catalogue
-from ibmd_cli.models.catalogue import missing_files, published
+from ibmd_cli.models import FORMAT_VERSION, published_teachers
+from ibmd_cli.models.convert import Checkpoint, convert, describe_checkpoint, read_checkpoint
 from ibmd_cli.models.folder import (
     check_folder,
     find_model,
@@ -28,7 +28,7 @@ from ibmd_cli.models.folder import (
     read_file_config,
 )
 from ibmd_cli.models.model import TeacherModel
-from ibmd_cli.models.published import Checkpoint, convert, describe_checkpoint, read_checkpoint
+from ibmd_cli.models.published_teachers import missing_files, published
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _locate(ref: TeacherRef, quiet: bool) -> tuple[Path, TeacherRef]:
         alias = reference.removeprefix("hub:")
         if preset not in (None, "", alias):
             raise UsageError(f"--preset {preset}: {reference} has its own; leave --preset out")
-        return catalogue.find_published(alias, quiet=quiet), replace(ref, preset=alias)
+        return published_teachers.find_published(alias, quiet=quiet), replace(ref, preset=alias)
     return Path(reference) if Path(reference).exists() else find_model(reference, "teacher", quiet), ref
 
 

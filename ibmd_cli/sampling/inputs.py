@@ -11,12 +11,12 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image, ImageChops
 
-from ibmd_cli.claims import Claims
 from ibmd_cli.data.labels import label_of, read_labels
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import is_stream, why
 from ibmd_cli.images.decode import Picture, decode, read_picture, shown
 from ibmd_cli.images.grids import thumbnail
+from ibmd_cli.locks import Claims
 from ibmd_cli.sampling.config import SampleConfig
 from ibmd_cli.sampling.plan import Job
 from ibmd_cli.sampling.translator import Translator

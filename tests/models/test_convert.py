@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from ibmd_cli.errors import IbmdError, NotAvailable
 from ibmd_cli.files import sha256
 from ibmd_cli.method.bridges import I2SBBridge
+from ibmd_cli.models.convert import convert, infer_network, read_checkpoint, read_options
 from ibmd_cli.models.folder import load_model
-from ibmd_cli.models.published import convert, infer_network, read_checkpoint, read_options
 from ibmd_cli.networks.unet import UNet, UNetConfig
 
 TINY = UNetConfig(6, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention=(2,), head_channels=32)
@@ -470,7 +470,7 @@ def test_options_of_another_kind_are_refused(tmp_path: Path):
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from ibmd_cli.models.published import convert, read_checkpoint
+from ibmd_cli.models.convert import convert, read_checkpoint
 from ibmd_cli.models.folder import load_model
 torch.set_num_threads(1)
 command, path, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from ibmd_cli import __version__
 from ibmd_cli.data.embedded import embedded_sources
-from ibmd_cli.sampling.read import unlike
+from ibmd_cli.sampling.inputs import unlike
 
 
 def page(paper: object = "white", pen: object = "black", width: int = 8) -> Image.Image:

@@ -33,8 +33,8 @@ from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
 from ibmd_cli.files import sha256
 from ibmd_cli.method.bridges import I2SBBridge, make_bridge
 from ibmd_cli.models import FORMAT_VERSION
-from ibmd_cli.models.catalogue import published
 from ibmd_cli.models.folder import misfits, save_folder
+from ibmd_cli.models.published_teachers import published
 from ibmd_cli.networks.predictor import Preconditioning
 from ibmd_cli.networks.unet import UNet, UNetConfig
 
