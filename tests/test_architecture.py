@@ -94,7 +94,7 @@ def test_command_line_starts_light(heavy: str):
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
-        ("ibmd_cli.sampling.pipeline, ibmd_cli.export.exported", "torch"),
+        ("ibmd_cli.sampling.pipeline, ibmd_cli.export.runner", "torch"),
         ("ibmd_cli.sampling.pipeline, ibmd_cli.sampling.engine", "accelerate"),
         (", ".join(name for name in MODULES if room(name) == "images"), "torch"),
     ],

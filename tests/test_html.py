@@ -11,7 +11,7 @@ from ibmd_cli.html import Axis, Chart, Line, Mark, across, draw, log_ticks, tick
 
 
 @pytest.mark.parametrize(
-    "modules", ["ibmd_cli.cli", "ibmd_cli.sampling.pipeline, ibmd_cli.export.exported", "ibmd_cli.html"]
+    "modules", ["ibmd_cli.cli", "ibmd_cli.sampling.pipeline, ibmd_cli.export.runner", "ibmd_cli.html"]
 )
 def test_templates_are_loaded_only_where_a_page_is_written(modules: str):
     code = f"import sys, {modules}; sys.exit('jinja2' in sys.modules)"

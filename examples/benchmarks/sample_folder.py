@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from ibmd_cli.data.embedded import embedded_sources
-from ibmd_cli.export.exported import is_exported, load_exported
+from ibmd_cli.export.runner import is_exported, load_exported
 from ibmd_cli.images.decode import read_picture
 from ibmd_cli.sampling.engine import load_engine
 from ibmd_cli.sampling.plan import Job

@@ -18,7 +18,7 @@ from ibmd_cli.data.degradations import fill_hole
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.export.config import FORMATS, ExportConfig
-from ibmd_cli.export.exported import open_exported
+from ibmd_cli.export.runner import open_exported
 from ibmd_cli.export.torch_export import Unrolled
 from ibmd_cli.files import atomic_file
 from ibmd_cli.locks import Claims

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ibmd_cli import __version__
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.export.exported import is_exported, load_exported
+from ibmd_cli.export.runner import is_exported, load_exported
 from ibmd_cli.files import FULL, is_stream, why, write_file
 from ibmd_cli.images.decode import Budget, own_limits, shown
 from ibmd_cli.images.encode import encode

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ibmd_cli.devices import resolve_device
 from ibmd_cli.errors import IbmdError, UsageError
-from ibmd_cli.export.exported import ExportedStudent, is_exported, load_exported
+from ibmd_cli.export.exported import ExportedStudent
+from ibmd_cli.export.runner import is_exported, load_exported
 from ibmd_cli.images.decode import to_picture
 from ibmd_cli.models import model as models
 from ibmd_cli.models.folder import load_student

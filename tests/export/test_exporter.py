@@ -19,8 +19,8 @@ import ibmd_cli.export.torch_export
 from ibmd_cli.cli import app
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.export.config import FORMATS, ExportConfig
-from ibmd_cli.export.exported import load_exported, open_exported
 from ibmd_cli.export.exporter import Exporter, Tolerance
+from ibmd_cli.export.runner import load_exported, open_exported
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.interface import describe_student
 

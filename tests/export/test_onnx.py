@@ -23,8 +23,9 @@ from ibmd_cli.data.degradations import fill_hole
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.devices import single_threaded
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError
-from ibmd_cli.export.exported import ExportedStudent, load_exported, open_exported
+from ibmd_cli.export.exported import ExportedStudent
 from ibmd_cli.export.onnx import make_graph, save_graph
+from ibmd_cli.export.runner import load_exported, open_exported
 from ibmd_cli.export.torch_export import Unrolled, export_program, torch_draw
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import stream
@@ -87,7 +88,7 @@ def assert_damage_is_found(file: Path) -> None:
 
 def assert_starts_without_pytorch(file: Path, inputs: tuple[str, ...]) -> None:
     code = (
-        "import sys, numpy as np; from pathlib import Path; from ibmd_cli.export.exported import load_exported\n"
+        "import sys, numpy as np; from pathlib import Path; from ibmd_cli.export.runner import load_exported\n"
         f"student = load_exported(Path({str(file)!r})); mask = label = None\n"
         f"if 'mask' in {inputs}: mask = np.ones((2, 1, 16, 16), np.float32)\n"
         f"if 'label' in {inputs}: label = np.zeros(2, np.int64)\n"
