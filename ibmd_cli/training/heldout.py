@@ -16,7 +16,8 @@ from ibmd_cli.data.sources import SourceImages
 from ibmd_cli.errors import UsageError
 from ibmd_cli.method.distillation import Sources
 from ibmd_cli.method.noise import Streams, stream
-from ibmd_cli.metrics.scores import diversity, energy_score, estimate, mse
+from ibmd_cli.metrics.intervals import estimate
+from ibmd_cli.metrics.scores import diversity, energy_score, mse
 from ibmd_cli.models.model import StudentModel
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.training.config import DistillConfig

@@ -29,8 +29,8 @@ from ibmd_cli.devices import peak_memory, tune
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import read_json
 from ibmd_cli.method.distillation import Iterations, Sources, Step, generate, ibmd
-from ibmd_cli.method.noise import Streams
 from ibmd_cli.method.log_times import LogTimes
+from ibmd_cli.method.noise import Streams
 from ibmd_cli.models.folder import refuse_models
 from ibmd_cli.models.model import StudentModel, TeacherModel, make_setup
 from ibmd_cli.models.references import TeacherRef, load_teacher

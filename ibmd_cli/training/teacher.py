@@ -28,8 +28,8 @@ from ibmd_cli.images.fit import to_uint8
 from ibmd_cli.images.grids import labelled_grid
 from ibmd_cli.method.bridges import Bridge, I2SBBridge, VEBridge, VPBridge
 from ibmd_cli.method.distillation import Setup, bridge_loss
-from ibmd_cli.method.noise import BatchStreams, Streams, stream
 from ibmd_cli.method.log_times import LogTimes
+from ibmd_cli.method.noise import BatchStreams, Streams, stream
 from ibmd_cli.models.folder import load_folder
 from ibmd_cli.models.model import TeacherModel
 from ibmd_cli.models.references import load_teacher
@@ -41,8 +41,8 @@ from ibmd_cli.training.config import DistillConfig, duration
 from ibmd_cli.training.heldout import HeldOut, best, spacing, verdict
 from ibmd_cli.training.log import read_log
 from ibmd_cli.training.optimise import Player, Schedule
-from ibmd_cli.training.run_page import run_page, write_page
 from ibmd_cli.training.run_folder import TEACHER, Position, Run, writing
+from ibmd_cli.training.run_page import run_page, write_page
 from ibmd_cli.training.signals import interrupts
 
 NFE = 20
