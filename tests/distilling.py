@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,3 +69,23 @@ def same(one: Path, other: Path) -> bool:
 def log(run: Path, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: v for key, v in line.items() if key not in without} for line in lines]
+
+
+FILE_EVENTS = ("open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+
+
+def train(arguments: list[object], out: Path, operation: int) -> None:
+    """Run `ibmd distill` in this process, and be killed as file operation number `operation` in `out` begins."""
+    torch.set_num_threads(1)
+    left = operation
+
+    def count(event: str, details: tuple[object, ...]) -> None:
+        nonlocal left
+        # A relative path is one that `shutil.rmtree` removes.
+        if event in FILE_EVENTS and (str(details[0]).startswith(str(out)) or not str(details[0]).startswith("/")):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    distill(*arguments, "--out", out)

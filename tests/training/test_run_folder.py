@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from distilling import distill, interrupt, log, poison, same, weights
+from distilling import distill, interrupt, log, poison, same, train, weights
 
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import sha256
@@ -487,26 +487,6 @@ def test_checkpoint_of_something_else_is_refused_or_passed_over(
 
 
 # ------------------------------------------------------------------------------------------ real signals and processes
-
-
-FILE_EVENTS = ("open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
-
-
-def train(arguments: list[object], out: Path, operation: int) -> None:
-    """Run `ibmd distill` in this process, and be killed as file operation number `operation` in `out` begins."""
-    torch.set_num_threads(1)
-    left = operation
-
-    def count(event: str, details: tuple[object, ...]) -> None:
-        nonlocal left
-        # A relative path is one that `shutil.rmtree` removes.
-        if event in FILE_EVENTS and (str(details[0]).startswith(str(out)) or not str(details[0]).startswith("/")):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-    distill(*arguments, "--out", out)
 
 
 @pytest.mark.slow

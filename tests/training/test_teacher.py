@@ -1,13 +1,16 @@
 """`ibmd distill --teacher new`: pairs → teacher → student, in one run folder."""
 
 import json
+import multiprocessing
+import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from distilling import distill, interrupt, log, poison, same
+from distilling import distill, interrupt, log, poison, same, train
 from PIL import Image
 
 from ibmd_cli.data.embedded import embedded_pairs
@@ -16,6 +19,7 @@ from ibmd_cli.images.fit import to_image
 from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.references import load_teacher
 from ibmd_cli.training.config import DistillConfig, duration
+from ibmd_cli.training.log import read_log
 from ibmd_cli.training.teacher import describe_teacher, read_network
 
 NETWORK = """
@@ -96,7 +100,8 @@ def test_one_run_folder_with_both_halves(kept: Path, whole: Path, tmp_path: Path
 def teachers_equal(one: Path, other: Path) -> bool:
     a, b = (load_teacher(str(run / "teacher")) for run in (one, other))
     states = [model.predictor.state_dict() for model in (a, b)]
-    configs = [{**model.config, "name": ""} for model in (a, b)]  # which is the run folder's
+    # The name is the run folder's; some settings may differ.
+    configs = [{**m.config, "name": "", "training": m.config["training"]["step"]} for m in (a, b)]
     return configs[0] == configs[1] and all(torch.equal(v, states[1][key]) for key, v in states[0].items())
 
 
@@ -111,6 +116,33 @@ def test_interrupted_in_either_half_it_continues_to_the_same_bits(
     assert same(whole, tmp_path / "cut")
     timed = ("seconds", "images_per_second", "peak_memory_bytes")
     assert log(whole, timed) == log(tmp_path / "cut", timed)
+
+
+@pytest.mark.slow
+def test_kills_in_both_halves(kept: Path, whole: Path, tmp_path: Path):
+    """SIGKILL in random file operations, and after random updates, of a run that is always writing."""
+    context = multiprocessing.get_context("forkserver")  # imports PyTorch once
+    context.set_forkserver_preload(["ibmd_cli.training.loop", "torch._dynamo", "typer.testing", "pytest"])
+    rng, out, halves = random.Random(0), tmp_path / "killed", {"teacher.jsonl": 0, "metrics.jsonl": 0}
+    arguments = [*arguments_for(kept), "--checkpoint-every", 1, "--preview-every", 1]
+    for i in range(14):
+        process = context.Process(target=train, args=(arguments, out, rng.randint(1, 60) if i % 2 else 0))
+        process.start()
+        now = sum(len(read_log(out, name)) for name in halves)
+        while not i % 2 and sum(len(read_log(out, name)) for name in halves) <= now and process.is_alive():
+            time.sleep(0.01)
+        process.join(None if i % 2 else rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        for name in halves:
+            halves[name] += bool(read_log(out, name))
+        if process.exitcode == 0:
+            break
+    assert min(halves.values()) >= 2, "it was killed in both halves"
+    distill(*arguments_for(kept), "--out", out)
+    assert teachers_equal(whole, out)
+    assert same(whole, out)
+    assert not list(out.rglob(".ibmd-*"))
 
 
 def test_stops_after_the_teacher_and_goes_on(kept: Path, whole: Path, tmp_path: Path):
