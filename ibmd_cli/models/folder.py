@@ -19,6 +19,7 @@ from torch import Tensor
 from ibmd_cli import __version__, hub
 from ibmd_cli.errors import IbmdError, NotAvailable, UsageError, nearest
 from ibmd_cli.files import assets, atomic_folder, read_json
+from ibmd_cli.method.log_times import LogTimes
 from ibmd_cli.models import FORMAT_VERSION
 from ibmd_cli.models.model import PRECISIONS, Model, StudentModel, TeacherModel
 from ibmd_cli.models.samplers import check_sampler
@@ -200,6 +201,8 @@ def _check(config: dict[str, Any], predictor: Predictor) -> None:
             f"expected {inputs} and {channels}, by image, conditional and noise_channels"
         )
     predictor.bridge.coefficients(torch.tensor([predictor.bridge.T], device="cpu"))
+    if config.get("times"):
+        LogTimes(**config["times"])
     if config["format"] == "ibmd-teacher":
         settings = dict(config["sampling"])
         check_sampler(settings.pop("sampler"), settings.pop("nfe"), settings, predictor.bridge)

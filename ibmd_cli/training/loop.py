@@ -30,7 +30,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import read_json
 from ibmd_cli.method.distillation import Iterations, Sources, Step, generate, ibmd
 from ibmd_cli.method.log_times import LogTimes
-from ibmd_cli.method.noise import Streams
+from ibmd_cli.method.noise import BatchStreams, Streams
 from ibmd_cli.models.folder import refuse_models
 from ibmd_cli.models.model import StudentModel, TeacherModel, make_setup
 from ibmd_cli.models.references import TeacherRef, load_teacher
@@ -301,6 +301,7 @@ class Training:
             micro_batches=config.batch_size // self.accelerator.num_processes // self.micro_batch,
             micro_batch=self.micro_batch,
             split=config.fsdp,
+            halved=self._say_halved if config.reuse == 1 else None,
         )
         phi = player(
             "bridge_model",
@@ -318,6 +319,9 @@ class Training:
         )
         return phi, theta
 
+    def _say_halved(self, micro_batch: int) -> None:
+        self.reporter.warn(f"out of memory: {micro_batch} images at a time from here on (--micro-batch {micro_batch})")
+
     def _algorithm(self) -> Iterator[Step]:
         """Algorithm 1 on these players; it moves as its steps are asked for."""
         if self.config.fsdp:
@@ -328,7 +332,8 @@ class Training:
         self.sources.expect(self.micro_batch, self._coming_streams())
 
         def sources(rng: Streams) -> Sources:
-            return self.sources.batch(self.micro_batch, rng, self.augment, self.accelerator.device)
+            images = len(rng) if isinstance(rng, BatchStreams) else self.micro_batch
+            return self.sources.batch(images, rng, self.augment, self.accelerator.device)
 
         make = partial(generate, self.theta.model, self.setup, sources)
         self.images = SharedImages(make, self.phi, self.iterations, self.config.reuse)
@@ -425,7 +430,7 @@ class Training:
             "images": images,
             "seconds": self.at.seconds,
             "images_per_second": rate,
-            "micro_batch": self.micro_batch,
+            "micro_batch": self.theta.micro_batch,
             "peak_memory_bytes": peak_memory(self.accelerator.device),
             "skipped": self.phi.skipped + self.theta.skipped,
             "broken_images": len(self.sources.broken),

@@ -26,6 +26,10 @@ FP16_PATIENCE = 16
 """With fp16, this many more: the scale of the loss starts at 2^16, and each skipped step halves it until it fits."""
 
 
+NO_MEMORY = ("out of memory", "can't allocate memory")
+"""What PyTorch says if memory is not enough: of a GPU, of the machine."""
+
+
 class Diverged(IbmdError):
     """Too many losses or gradients in a row that are not finite."""
 
@@ -77,6 +81,8 @@ class Player:
         weight_decay: decoupled (AdamW).
         split: whether the network, a `Predictor`, is split over the processes (`fsdp`). Then all of them must call
             `averaged` and `state_dict` together.
+        halved: called with the new size of a micro-batch when memory was not enough for it, and it is cut in halves;
+            None: that ends the training. Several processes do not do this: they would wait for each other.
 
     Attributes:
         skipped: steps skipped since the start.
@@ -99,7 +105,9 @@ class Player:
         ema: float | Sequence[float] | None = None,
         weight_decay: float = 0.0,
         split: bool = False,
+        halved: Callable[[int], None] | None = None,
     ) -> None:
+        self.halved = halved if accelerator.num_processes == 1 else None
         self.name, self.steps, self.seed = name, steps, seed
         self.accelerator, self.schedule, self.clip, self.micro_batches = accelerator, schedule, clip, micro_batches
         self.micro_batch = micro_batch
@@ -137,12 +145,13 @@ class Player:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step, self.steps)
-        total = torch.zeros(1, device=self.accelerator.device)
-        for micro in range(self.micro_batches):
-            rng = self.streams(step, micro)
-            last = micro == self.micro_batches - 1
-            with self.accelerator.no_sync(self.model) if not last else nullcontext():
-                total = total + compute(rng, self._backward) / self.micro_batches
+        total = None
+        while total is None:
+            try:
+                total = self._gradient(step, compute)
+            except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+                if not any(words in str(error) for words in NO_MEMORY) or not self._halve():
+                    raise
         total, norm = self.accelerator.reduce(total, "mean"), self._gradient_norm()
         # The one place of a step where the host waits for a GPU: whether to make the step is decided on the host.
         loss, size = torch.cat([total, norm.reshape(1).to(total)]).tolist()
@@ -154,6 +163,26 @@ class Player:
             self._skip(step, loss, size)
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+    def _gradient(self, step: int, compute: Callable[..., Tensor]) -> Tensor:
+        """Add up the gradient of all micro-batches; return their mean loss, (1,)."""
+        total = torch.zeros(1, device=self.accelerator.device)
+        for micro in range(self.micro_batches):
+            rng = self.streams(step, micro)
+            last = micro == self.micro_batches - 1
+            with self.accelerator.no_sync(self.model) if not last else nullcontext():
+                total = total + compute(rng, self._backward) / self.micro_batches
+        return total
+
+    def _halve(self) -> bool:
+        """Cut the micro-batch in halves, whose images keep their random streams; tell whether that can be done."""
+        if self.halved is None or not self.micro_batch or self.micro_batch % 2:
+            return False
+        self.micro_batch, self.micro_batches = self.micro_batch // 2, 2 * self.micro_batches
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        self.halved(self.micro_batch)
+        return True
 
     def streams(self, step: int, micro: int) -> Streams:
         """Return the random streams of a call of the loss function; those of images know nothing of micro-batches."""

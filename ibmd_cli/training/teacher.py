@@ -202,10 +202,11 @@ class Teaching:
         )
         self.augment = Augmentation(config.flip, config.shift, config.colour)
         share = config.batch_size // accelerator.num_processes
-        micro = self.micro_batch = share if isinstance(config.micro_batch, str) else config.micro_batch or share
+        micro = share if isinstance(config.micro_batch, str) else config.micro_batch or share
         self.player = Player(
             "teacher", predictor, accelerator, Schedule(self._rate(), 100, "cosine", 0.01), steps=1, seed=config.seed,
             clip=1.0, ema=config.ema, weight_decay=0.01, micro_batch=micro, micro_batches=share // micro,
+            halved=self._say_halved,
         )  # fmt: skip
         self.folder = Run(
             out, {"teacher": self.player}, teacher, config.keep, accelerator.scaler,
@@ -225,7 +226,7 @@ class Teaching:
         steps = self.player.steps = self.lines[-1]["steps"] if self.lines else self._steps()
         if at.step:
             folder.mend(at.step, self.reporter)
-        self.data.expect(self.micro_batch, self._streams(at.step, steps))
+        self.data.expect(self.player.micro_batch or 1, self._streams(at.step, steps))
         self.every = self.config.score_every or spacing(self._calls(), self.config.batch_size, steps)
         self.began = time.monotonic() - at.seconds
         with (
@@ -257,7 +258,7 @@ class Teaching:
             "images": images,
             "seconds": seconds,
             "images_per_second": images / seconds,
-            "micro_batch": self.micro_batch,
+            "micro_batch": self.player.micro_batch,
             "peak_memory_bytes": peak_memory(self.accelerator.device),
             "skipped": self.player.skipped,
             "broken_images": len(self.data.broken),
@@ -281,6 +282,9 @@ class Teaching:
             if self.folder.writes:
                 write_page(self.out, "running")
         return stop and step < steps
+
+    def _say_halved(self, micro_batch: int) -> None:
+        self.reporter.warn(f"out of memory: {micro_batch} images at a time from here on (--micro-batch {micro_batch})")
 
     def _compute(self, rng: Streams, backward: Callable[[Tensor], None]) -> Tensor:
         assert isinstance(rng, BatchStreams)

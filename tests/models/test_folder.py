@@ -88,6 +88,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another JSON": (lambda t: (t / "config.json").write_text("[1]"), "expected a JSON object"),
     "another library's": (lambda t: (t / "config.json").write_text('{"_class_name": "UNet"}'), "not a model of ibmd"),
     "no version": (config_of(format_version=None), "format_version None"),
+    "unknown times": (config_of(times={"sigma": 3}), "does not describe a model"),
+    "empty range of times": (config_of(times={"sigma_min": 3.0, "sigma_max": 2.0}), "expected a rising range"),
     "empty network": (config_of(network={}), "does not describe a model"),
     "network of another type": (config_of(network=[1]), "does not describe a model"),
     "unknown bridge": (config_of(bridge={"kind": "no"}), "does not describe a model"),

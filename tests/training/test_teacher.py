@@ -13,6 +13,7 @@ import torch
 from distilling import distill, interrupt, log, poison, same, train
 from PIL import Image
 
+import ibmd_cli.training.teacher as teacher_module
 from ibmd_cli.data.embedded import embedded_pairs
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.images.fit import to_image
@@ -222,6 +223,29 @@ def test_time_sets_the_steps(arguments: list[object], tmp_path: Path, text: str,
     distill(*arguments, "--teacher-time", text, "--out", tmp_path / "run", "--stop-after", "teacher")
     lines = (tmp_path / "run" / "teacher.jsonl").read_text().splitlines()
     assert len(lines) == steps
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_halves_the_micro_batch(
+    arguments: list[object], tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    real, limit = teacher_module.bridge_loss, 2
+
+    def bridge_loss(predictor, setup, x_0, batch, rng):
+        if len(x_0) > limit:
+            raise torch.OutOfMemoryError(words) if "CUDA" in words else RuntimeError(words)
+        return real(predictor, setup, x_0, batch, rng)
+
+    monkeypatch.setattr(teacher_module, "bridge_loss", bridge_loss)
+    options = [option for option in arguments if option != "--quiet"]
+    result = distill(*options, "--out", tmp_path / "halved", "--stop-after", "teacher")
+    assert result.stderr.count("out of memory: 2 images at a time from here on (--micro-batch 2)") == 1
+    assert {line["micro_batch"] for line in read_log(tmp_path / "halved", "teacher.jsonl")} == {2}
+    distill(*arguments, "--micro-batch", 2, "--out", tmp_path / "two", "--stop-after", "teacher")
+    assert teachers_equal(tmp_path / "halved", tmp_path / "two")
+    limit = 0
+    with pytest.raises(RuntimeError, match=words):  # one image does not fit
+        distill(*arguments, "--out", tmp_path / "none")
 
 
 def test_duration():
