@@ -38,7 +38,7 @@ from ibmd_cli.networks.unet import UNetConfig
 from ibmd_cli.reporting import Meter, Reporter
 from ibmd_cli.settings import to_json
 from ibmd_cli.training.config import DistillConfig, duration
-from ibmd_cli.training.heldout import HeldOut, best, spacing, verdict
+from ibmd_cli.training.heldout import SAMPLES, HeldOut, best, spacing, verdict
 from ibmd_cli.training.log import read_log
 from ibmd_cli.training.optimise import Player, Schedule
 from ibmd_cli.training.run_folder import TEACHER, Position, Run, writing
@@ -200,6 +200,7 @@ class Teaching:
         self.setup = Setup(
             predictor.bridge, predictor.weight, (predictor.bridge.T,), log_times=LogTimes(**times) if times else None
         )
+        self.lines: list[dict[str, Any]] = []
         self.augment = Augmentation(config.flip, config.shift, config.colour)
         share = config.batch_size // accelerator.num_processes
         micro = share if isinstance(config.micro_batch, str) else config.micro_batch or share
@@ -227,7 +228,7 @@ class Teaching:
         if at.step:
             folder.mend(at.step, self.reporter)
         self.data.expect(self.player.micro_batch or 1, self._streams(at.step, steps))
-        self.every = self.config.score_every or spacing(self._calls(), self.config.batch_size, steps)
+        self.every = self.spacing(steps)
         self.began = time.monotonic() - at.seconds
         with (
             run_page(self.out) if main and at.step < steps else nullcontext(),
@@ -248,7 +249,7 @@ class Teaching:
 
     def _update(self, k: int, steps: int, meter: Meter) -> None:
         """Make update k, score the teacher where that is due, and log all this."""
-        loss = self.player.update(k, self._compute)
+        loss = self.player.update(k, self.compute)
         seconds, images = time.monotonic() - self.began, (k + 1) * self.config.batch_size
         line = {
             "step": k + 1,
@@ -264,7 +265,7 @@ class Teaching:
             "broken_images": len(self.data.broken),
         }
         if self.held_out and ((k + 1) % self.every == 0 or k + 1 == steps):
-            line |= self._score(k + 1)
+            line |= self.score(k + 1)
         self.lines.append(line)
         if self.folder.writes:
             self.folder.log(line)
@@ -286,7 +287,8 @@ class Teaching:
     def _say_halved(self, micro_batch: int) -> None:
         self.reporter.warn(f"out of memory: {micro_batch} images at a time from here on (--micro-batch {micro_batch})")
 
-    def _compute(self, rng: Streams, backward: Callable[[Tensor], None]) -> Tensor:
+    def compute(self, rng: Streams, backward: Callable[[Tensor], None]) -> Tensor:
+        """Draw pairs, and add the gradient of their loss; return the loss, see `Player.update`."""
         assert isinstance(rng, BatchStreams)
         torch.manual_seed(int(torch.randint(2**62, (), generator=rng.shared)))  # of dropout
         batch, x_0 = self.data.pairs(len(rng), rng, self.augment, self.accelerator.device)
@@ -294,7 +296,7 @@ class Teaching:
         backward(loss)
         return loss.detach()
 
-    def _score(self, step: int) -> dict[str, Any]:
+    def score(self, step: int) -> dict[str, Any]:
         """Score the averages on the held-out pairs, and keep the best if none before was better; return log entries.
 
         Each average is scored at one call, and the best of them at `NFE` calls.
@@ -323,10 +325,10 @@ class Teaching:
             labelled_grid(images).save(new, format="png")
         return line
 
-    def _calls(self) -> int:
-        """Network calls on single images of one scoring."""
-        n = len(self.held_out) if self.held_out else 0
-        return n * (2 * NFE + len(self.player.averages))
+    def spacing(self, steps: int) -> int:
+        """Return how many of `steps` updates lie between two scorings."""
+        calls = (SAMPLES * NFE + len(self.player.averages)) * (len(self.held_out) if self.held_out else 0)
+        return self.config.score_every or spacing(calls, self.config.batch_size, steps)
 
     def _rate(self) -> float:
         return self.config.teacher_lr or (1e-4 if self.config.init else 7e-4)
@@ -349,10 +351,10 @@ class Teaching:
         """Measure forward and backward passes, which leave no gradient behind; the same number in all processes."""
         player = self.player
         rng = player.streams(0, 0)
-        self._compute(rng, Tensor.backward)
+        self.compute(rng, Tensor.backward)
         began = time.monotonic()
         for _ in range(PROBES):
-            self._compute(player.streams(0, 0), Tensor.backward)
+            self.compute(player.streams(0, 0), Tensor.backward)
         seconds = (time.monotonic() - began) / PROBES * player.micro_batches
         player.optimizer.zero_grad(set_to_none=True)
         device = self.accelerator.device

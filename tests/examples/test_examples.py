@@ -57,6 +57,12 @@ def test_lean_iterations_need_less_memory_for_the_same_gradients():
 
 
 @pytest.mark.slow
+def test_cost_of_a_teacher():
+    lines = run("benchmarks/teacher_cost.py", "--network", "tiny", "--rounds", 1, "--threads", 1, "--size", 16)
+    assert [line.split()[0] for line in lines.splitlines()] == ["tiny,", "network", "update", "scores", "1,000"]
+
+
+@pytest.mark.slow
 def test_table_of_students_of_several_steps():
     arguments = ["--student", "builtin:outline2emoji", "--images", 4, "--teacher-nfe", 2]
     rows = run("multistep.py", "outline2emoji", *arguments).splitlines()
