@@ -100,14 +100,14 @@ class HeldOut:
         return torch.stack([self._draw(translate, m) for m in range(samples)])
 
     def judge(self, draws: Tensor) -> dict[str, float]:
-        """Return `energy_score` with the ends of its 95 % interval (`_low`, `_high`), `mse` and `diversity`."""
+        """Return `energy_score`, its 95 % interval (`_low`, `_high`), `mse`, and `spread`, their diversity."""
         value, low, high = estimate(energy_score(draws, self.x_0))
         ends = {} if low is None or high is None else {"energy_score_low": low, "energy_score_high": high}
         return {
             "energy_score": value,
             **ends,
             "mse": float(mse(draws, self.x_0).mean()),
-            "diversity": float(diversity(draws).mean()),
+            "spread": float(diversity(draws).mean()),
         }
 
     def copying(self) -> float:

@@ -274,7 +274,8 @@ class Training:
     def _say_where(self) -> None:
         device, count = self.accelerator.device, self.accelerator.num_processes
         where = f"{device} × {count}" if count > 1 else f"{device}"
-        self.reporter.note(f"distilling {self.config.teacher} into {self.out} on {where}")
+        name = "the new teacher" if self.config.trains_teacher else self.config.teacher
+        self.reporter.note(f"distilling {name} into {self.out} on {where}")
         if count == 1 and torch.cuda.device_count() > 1 and device.type == "cuda":
             self.reporter.note(
                 f"{torch.cuda.device_count()} GPUs are here and one is used; --processes all uses them all"

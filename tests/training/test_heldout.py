@@ -27,8 +27,8 @@ def test_scores_of_models_that_are_known(held_out: HeldOut):
     # 24 images of 192 numbers: variances to 2 √(2/4608), four standard errors.
     assert mean["mse"] == pytest.approx(0.25, rel=0.09)
     assert sampled["mse"] == pytest.approx(0.5, rel=0.09)
-    assert mean["diversity"] == 0
-    assert sampled["diversity"] == pytest.approx(0.5, rel=0.06)
+    assert mean["spread"] == 0
+    assert sampled["spread"] == pytest.approx(0.5, rel=0.06)
     assert held_out.copying() == pytest.approx(mean["mse"])
     assert sampled["energy_score"] < mean["energy_score"]
     for score in (mean, sampled):

@@ -33,7 +33,7 @@ norm_groups = 8
 dropout = 0.1
 """
 STEPS = ["--teacher-steps", "6", "--steps", "4", "--bridge-steps", "2", "--batch-size", "4"]
-EVERY = ["--checkpoint-every", "2", "--preview-every", "2", "--score-every", "2"]
+EVERY = ["--checkpoint-every", "2", "--preview-every", "3", "--score-every", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_one_run_folder_with_both_halves(kept: Path, whole: Path, tmp_path: Path
     checkpoints = {f"teacher-{k:06d}" for k in (4, 6)} | {f"step-{k:06d}" for k in (2, 4)}
     assert {f.name for f in (out / "checkpoints").iterdir()} == checkpoints
     assert {f"teacher-{k:06d}.png" for k in (2, 4, 6)} < {f.name for f in (out / "previews").iterdir()}
-    scores = {"energy_score", "energy_score_low", "energy_score_high", "mse", "diversity", "ema"}
+    scores = {"energy_score", "energy_score_low", "energy_score_high", "mse", "spread", "ema"}
     lines = [json.loads(line) for line in (out / "teacher.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if scores | {"mse_1", "energy_score_1"} <= line.keys()] == [2, 4, 6]
     assert [line["step"] for line in log(out) if scores <= line.keys()] == [2, 4]
