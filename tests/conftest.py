@@ -1,6 +1,8 @@
 """Fixtures: a tiny teacher with random weights in our own model folder, and real drawings to feed it."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,11 @@ from ibmd_cli.method.noise import randn, stream
 from ibmd_cli.models.folder import save_model
 from ibmd_cli.models.model import TeacherModel
 from ibmd_cli.networks.predictor import make_predictor
+
+CACHES = Path(__file__).parent.parent / "build" / "test-caches"
+os.environ |= {"IBMD_CACHE": str(CACHES / "ibmd"), "HF_HOME": str(CACHES / "huggingface")}  # never those of the user
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background, or under nohup, ignores them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ import sys
 from ibmd_cli.errors import IbmdError
 from ibmd_cli.hub import download, snapshot
 from ibmd_cli.models.upload import push
-from ibmd_cli.models.published_teachers import locate
+from ibmd_cli.models.published_teachers import find_published
 
 def tell(function, *arguments, **options):
     try:
@@ -344,7 +344,7 @@ def test_a_model_folder(hub: HubServer, run: Run):
 
 def test_a_published_teacher_comes_from_its_repository(hub: HubServer, run: Run):
     hub.repos["alexzhou907/DDBM"] = Repo({"e2h_ema_0.9999_420000.pt": File(b"e2h")})
-    told = run("tell(locate, 'ddbm-edges2handbags'); tell(locate, 'ddbm-diode')").stdout.splitlines()
+    told = run("tell(find_published, 'ddbm-edges2handbags'); tell(find_published, 'ddbm-diode')").stdout.splitlines()
     assert Path(told[0]).read_bytes() == b"e2h"
     assert told[1].startswith("NotAvailable hf://alexzhou907/DDBM/diode_ema_0.9999_440000.pt: no such file")
 
