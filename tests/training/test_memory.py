@@ -15,7 +15,7 @@ import copy, sys
 import torch
 from torch.optim.swa_utils import AveragedModel
 from ibmd_cli.method.distillation import Sources, bridge_loss, rollout, student_gradient
-from ibmd_cli.training.memory import estimate
+from ibmd_cli.training.memory import estimate_memory
 from ibmd_cli.devices import forget_peak, peak_memory
 from ibmd_cli.models.folder import load_model
 from ibmd_cli.models.model import make_setup
@@ -29,7 +29,7 @@ student = teacher.widen(4).requires_grad_(True)
 with torch.device("meta"):
     shapes = [make_predictor(network.to_dict()) for network in (teacher, student)]
 options = {"calls": 1, "recompute": recompute, "checkpointing": checkpointing, "mixed": mixed}
-expected = estimate(*shapes, 32, **options)
+expected = estimate_memory(*shapes, 32, **options)
 cpu, images = torch.device("cpu"), 32
 forget_peak(cpu)
 start = peak_memory(cpu) - sum(p.nbytes for p in (*teacher.parameters(), *student.parameters()))
