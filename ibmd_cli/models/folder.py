@@ -1,6 +1,21 @@
 """Model folders (teacher or student) and the references that name them.
 
 A model folder holds `config.json` (what the model is), `model.safetensors` (its weights) and `README.md` (its card).
+The keys of `config.json`, all checked when the folder is loaded:
+
+    format, format_version       "ibmd-teacher" or "ibmd-student"; `FORMAT_VERSION`
+    name, task, licence          in words, for tables and cards
+    network                      of `UNetConfig`
+    bridge                       `kind` and the fields of that class of `bridges`
+    preconditioning              of `Preconditioning`
+    conditional                  whether the network sees x_T
+    noise_channels               of z: 0 for a teacher
+    image                        `size`, `channels`, `range`, and `source_scale` of low-resolution sources
+    classes, mask, degradation   number of classes; `fill` of holes; what makes sources of targets: each may be null
+    times                        of `LogTimes`: the density of t for training and distillation; null: the bridge's own
+    sampling                     of a teacher: `sampler`, `nfe` and options; of a student: `timesteps`, `noise`, …
+    teacher, training            of a student: reference and digest; the settings that it was trained with
+
 A reference is `builtin:NAME`, `hf://OWNER/REPO`, or the path of a model folder or of a run folder (its student).
 """
 
