@@ -37,6 +37,7 @@ class DistillRun(Record):
     "ibmd distill                      # the embedded teacher, offline",
     "ibmd distill --data drawings/ --out runs/mine --steps 1000",
     "ibmd distill --processes all      # one process a GPU",
+    "ibmd distill --teacher new --data pairs/ --out runs/mine",
 )
 def distill(config: DistillConfig, run: DistillRun, common: Common, origins: dict[str, str]) -> None:
     """Distil a diffusion-bridge teacher into a student of one or a few steps, from source images alone.
@@ -61,12 +62,13 @@ def distill(config: DistillConfig, run: DistillRun, common: Common, origins: dic
     device = start_processes(run.processes, run.device)
     from ibmd_cli.training.loop import distill
 
-    student = distill(config, origins, out, device, run.resume, reporter)
+    made = distill(config, origins, out, device, run.resume, reporter)
     if this_process().rank > 0:
         return
-    print_json({"schema": 1, "student": str(student)}) if common.as_json else typer.echo(str(student))
-    reporter.note(f"made {student}; {out / 'run.html'} shows how it went")
-    reporter.note(f"next: ibmd sample drawing.png --student {quote(str(out))}")
+    kind = config.stop_after or "student"
+    print_json({"schema": 1, kind: str(made)}) if common.as_json else typer.echo(str(made))
+    reporter.note(f"made {made}; {out / 'run.html'} shows how it went")
+    reporter.note(f"next: ibmd sample drawing.png --{kind} {quote(str(made if config.stop_after else out))}")
 
 
 def _print_plan(config: DistillConfig, origins: dict[str, str], out: Path, run: DistillRun, common: Common) -> None:

@@ -148,7 +148,8 @@ def test_kills_in_both_halves(kept: Path, whole: Path, tmp_path: Path):
 
 def test_stops_after_the_teacher_and_goes_on(kept: Path, whole: Path, tmp_path: Path):
     arguments = [*arguments_for(kept), "--out", tmp_path / "run"]
-    first = distill(*arguments, "--stop-after", "teacher")
+    first = distill(*(word for word in arguments if word != "--quiet"), "--stop-after", "teacher")
+    assert f"next: ibmd sample drawing.png --teacher {tmp_path / 'run' / 'teacher'}" in first.stderr
     assert first.stdout.split() == [str(tmp_path / "run" / "teacher")]
     assert not (tmp_path / "run" / "student").exists()
     distill(*arguments)
