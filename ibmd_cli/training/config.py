@@ -44,7 +44,7 @@ class DistillConfig(Record):
         "teacher's own data, fetched", metavar="DATA", also=("input", "sources", "dataset", "images"),
         shown="the teacher's, if known")
     degrade: str = _data("", "Make sources of targets, e.g. jpeg-10; none: do not")
-    layout: str = _data("", "Pairs in a file: ab (source left), ba (right), or normals",
+    layout: str = _data("", "Pairs in a file: ab (source left), ba, or normals",
         choices=("", "ab", "ba", "normals"))
     fit: str = _data("", "Images that are not square: pad, stretch or crop",
         choices=("", "pad", "stretch", "crop"), shown="pad; crop for photos that are degraded")
