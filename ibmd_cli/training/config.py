@@ -4,6 +4,7 @@ A value comes from the first of: flag, environment (`IBMD_STEPS` for `--steps`),
 teacher's preset (`presets.toml`), the default of `DistillConfig`, which is the paper's (Table 7) where it names one.
 """
 
+import json
 import os
 import tomllib
 from collections import ChainMap
@@ -201,12 +202,22 @@ class DistillConfig(Record):
 
             if alias := recognise_file(teacher):
                 layers = [*layers, (CONTENTS, {"preset": alias})]
-        preset = _preset(f"hub:{alias}" if alias else teacher, given.get("nfe"))
+        kind = f"hub:{alias}" if alias else NEW if _was_new(teacher) else teacher
+        preset = _preset(kind, given.get("nfe"))
         if given.get("data") in ("preset", ["preset"], ("preset",)):
             if "data" not in preset:
                 raise UsageError(f"--data preset: {teacher} has no data of its own: give a folder of images")
             layers = [("preset", {"data": preset["data"]}), *layers]
         return [*layers, ("preset", preset)]
+
+
+def _was_new(teacher: str) -> bool:
+    """Tell whether a teacher is one that `--teacher new` trained: students of it have the same preset."""
+    try:
+        config = json.loads((Path(teacher) / "config.json").read_text(encoding="utf-8"))
+        return bool(config["training"]["teacher"] == NEW)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _preset(teacher: str, nfe: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.images.fit import to_image
 from ibmd_cli.models.folder import load_student
 from ibmd_cli.models.references import load_teacher
+from ibmd_cli.settings import resolve
 from ibmd_cli.training.config import DistillConfig, duration
 from ibmd_cli.training.log import read_log
 from ibmd_cli.training.teacher import describe_teacher, read_network
@@ -92,6 +93,8 @@ def test_one_run_folder_with_both_halves(kept: Path, whole: Path, tmp_path: Path
     page = (out / "run.html").read_text()
     for title in ("over teacher updates", "over student updates", "Energy score", "Previews <small>of the teacher"):
         assert title in page
+    config, origins = resolve(DistillConfig, {"teacher": str(out / "teacher")}, {}, None)
+    assert (config.batch_size, origins["batch_size"]) == (32, "preset")  # of its kind
     # Any later run uses it as any teacher, and scores its students on held-out pairs if it is asked to.
     again = ["--teacher", out / "teacher", "--data", kept / "pairs", *STEPS[2:], *EVERY, "--validation", "40%"]
     distill(*again, "--quiet", "--out", tmp_path / "again")
