@@ -68,7 +68,7 @@ def cautions(
         return {name: METRICS[name].caution or none for name in names}
     reasons = []
     if images != protocol.images:
-        reasons.append(f"{counted(images, 'image')}, {protocol.name} has {protocol.images}")
+        reasons.append(f"{counted(images, 'image')}, {protocol.name} has {protocol.images:,}")
     if size != protocol.size:
         reasons.append(f"{size} pixels, {protocol.name} has {protocol.size}")
     if samples > 1:

@@ -593,7 +593,7 @@ def test_a_figure_is_comparable_only_if_all_is_as_published():
     assert found["psnr"] == "ddbm-e2h does not measure it"
     assert "network" in found["kid_efflite0"]
     for key, value, reason in (
-        ("images", 50_000, "50000 images, ddbm-e2h has 138567"),
+        ("images", 50_000, "50,000 images, ddbm-e2h has 138,567"),
         ("size", 32, "32 pixels, ddbm-e2h has 64"),
         ("samples", 4, "4 samples"),
         ("reference", None, "reference these targets, expected edges2handbags_ref_64_data.npz"),
@@ -616,7 +616,7 @@ def test_protocol_reads_pairs_side_by_side_and_says_what_it_leaves_out(tmp_path:
     assert results["left_out"]["fid"] == "12 pairs are too few: 2049 are needed, give --data with more"
     assert "fetch https://download.pytorch.org/models/vgg16-397923af.pth" in results["left_out"]["lpips_vgg"]
     assert found.stderr.count("left out: ") == 3
-    assert "12 images, ddbm-e2h has 138567" in results["metrics"]["mse"]["not_comparable"]
+    assert "12 images, ddbm-e2h has 138,567" in results["metrics"]["mse"]["not_comparable"]
     assert "truncated" in results["protocol"]["mse"]
     assert "enlargement to 224" in results["protocol"]["mse"]
     with pytest.raises(IbmdError, match="--metric fid: 12 pairs are too few: 2049 are needed"):
