@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,8 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path: Path, tiny_teac
     code = code.replace("100_000", "500_000") + "from ibmd_cli.cli import main; main()"
     done = ibmd(*arguments, code=code)
     assert done.returncode == 1
-    assert "step-000001: cannot be written" in done.stderr
+    # On a slow machine the first checkpoint is one between updates of the bridge model.
+    assert re.search(r"step-00000[01](-bridge-\d+)?: cannot be written", done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     assert ibmd(*arguments).returncode == 0
