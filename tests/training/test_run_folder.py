@@ -645,9 +645,7 @@ Path(sys.argv[1], f"result-{accelerator.process_index}").write_text(json.dumps(s
 
 def in_two_processes(program: str, folder: Path, *arguments: object) -> list[str]:
     """Run a program in two processes that talk through gloo; return what each wrote into its file in the folder."""
-    end = (
-        "\nimport torch.distributed\ntorch.distributed.destroy_process_group()\n"  # else threads may outlive their end
-    )
+    end = "\nimport torch.distributed\ntorch.distributed.destroy_process_group()\n"  # else its threads abort
     (folder / "program.py").write_text(program + end)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = [*launch, *map(str, (folder / "program.py", folder, *arguments))]
