@@ -298,7 +298,7 @@ def test_threads_change_no_bit(tmp_path: Path, embedded, suffix: str):
 
 @pytest.mark.slow
 def test_ibmd_sample_takes_exported_files(tmp_path: Path, embedded, drawings: Path):
-    """Seeds, variants, tiles: the pictures of the model folder, but for single levels of single pixels."""
+    """Seeds, variants, sizes: the pictures of the model folder, but for single levels of single pixels."""
     student, graph = embedded
     save_graph(graph, tmp_path / "student.onnx")
     export_program(student, tmp_path / "student.pt2")
@@ -306,7 +306,7 @@ def test_ibmd_sample_takes_exported_files(tmp_path: Path, embedded, drawings: Pa
     folders = []
     for reference in ("builtin:outline2emoji", str(tmp_path / "student.onnx"), str(tmp_path / "student.pt2")):
         folder = tmp_path / f"out{reference[-4:]}"
-        options = ["--seed", "5", "--variants", "2", "--fit", "tile"]
+        options = ["--seed", "5", "--variants", "2", "--fit", "stretch"]
         command = ["sample", str(drawings), "-o", f"{folder}/", "--student", reference, *options]
         assert CliRunner().invoke(app, command).exit_code == 0
         folders.append(folder)
