@@ -7,25 +7,22 @@ training needs) and `student/` (all that the other commands need). Every random 
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor
 
 from ibmd_cli.data.augment import Augmentation
 from ibmd_cli.data.references import usual_fit
 from ibmd_cli.data.sources import SourceImages, count_workers
-from ibmd_cli.devices import peak_memory, tune
+from ibmd_cli.devices import peak_memory
 from ibmd_cli.errors import IbmdError, UsageError
 from ibmd_cli.files import read_json
 from ibmd_cli.method.distillation import Iterations, Sources, Step, generate, ibmd
@@ -38,6 +35,7 @@ from ibmd_cli.networks.predictor import Predictor
 from ibmd_cli.processes import this_process
 from ibmd_cli.reporting import Reporter
 from ibmd_cli.settings import to_json
+from ibmd_cli.training.accelerator import check_processes, make_accelerator
 from ibmd_cli.training.config import AUTO, DistillConfig
 from ibmd_cli.training.fsdp import split
 from ibmd_cli.training.heldout import HeldOut, calls_of_student, choose_held_out, score_student, spacing, verdict
@@ -85,8 +83,8 @@ def distill(
     if process.rank == 0:
         refuse_models(config.data)
         check_run(out, config, resume)
-    accelerator = _accelerator(config, out, device)
-    _check_processes(config, accelerator.num_processes)
+    accelerator = make_accelerator(config, out, device)
+    check_processes(config, accelerator.num_processes)
     reporter = reporter if accelerator.is_main_process else Reporter(quiet=True)
     if config.trains_teacher:
         teacher, described, digest = None, describe_teacher(config, out.name), {}
@@ -132,40 +130,6 @@ def _fit(config: DistillConfig, out: Path) -> str:
     if not config.fit and file.is_file() and "fit" not in read_json(file).get("settings", {}):
         return "published"
     return config.fit or usual_fit(config.layout, config.degrade)
-
-
-def _check_processes(config: DistillConfig, processes: int) -> None:
-    share, rest = divmod(config.batch_size, processes)
-    micro_batch = 1 if config.micro_batch == AUTO else int(config.micro_batch) or share
-    if rest or share % micro_batch:
-        raise UsageError(
-            f"--batch-size {config.batch_size} is not a multiple of {processes} process(es) × "
-            f"--micro-batch {micro_batch}: choose a multiple"
-        )
-    if config.fsdp and processes == 1:
-        raise UsageError("--fsdp splits the networks over several processes, and there is one: add --processes N")
-
-
-def _accelerator(config: DistillConfig, out: Path, device: torch.device) -> Accelerator:
-    if config.precision == "fp16" and device.type == "cpu":
-        raise UsageError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
-    if config.track and find_spec(config.track) is None:
-        raise UsageError(f"--track {config.track}: it is not installed: pip install {config.track}")
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UsageError(
-                f"ACCELERATE_USE_{name}: turn it off in `accelerate config`: --fsdp splits the networks over processes"
-            )
-    if device.type == "cuda" and device.index is not None and not this_process().launched:
-        torch.cuda.set_device(device)  # the one that Accelerate takes
-    tune(device)
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        log_with=config.track or None,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
-    )
 
 
 class Training:

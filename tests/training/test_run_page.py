@@ -159,7 +159,7 @@ def test_tensorboard_gets_the_log(arguments: list[object], tmp_path: Path, monke
 
 
 def test_tracker_that_is_not_installed(arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ibmd_cli.training.loop.find_spec", lambda _: None)
+    monkeypatch.setattr("ibmd_cli.training.accelerator.find_spec", lambda _: None)
     with pytest.raises(UsageError, match="--track wandb: it is not installed: pip install wandb"):
         distill(*arguments, "--track", "wandb", "--out", tmp_path / "run")
     with pytest.raises(UsageError, match="--track mlflow: expected tensorboard or wandb"):
